@@ -1,0 +1,42 @@
+"""Op name + device -> kernel. The only place that knows which home an op runs from."""
+
+import importlib
+from types import SimpleNamespace
+
+import torch
+
+HOMES = {"triton": "gpu", "numba": "cpu", "reference": "reference"}
+
+OPS = (
+    "append",
+    "append_chunk",
+    "attend",
+    "gather",
+    "merge",
+    "prefill_attention",
+    "resolve",
+    "ring_append",
+    "score_mean",
+    "score_minmax",
+    "score_windows",
+    "select",
+    "stage",
+    "summarize_chunk",
+)
+
+
+def kernels_for(device: torch.device, kernels: str = "auto") -> SimpleNamespace:
+    """Return the ops for a device as attributes, one function per name in `OPS`.
+
+    Args:
+        device: where the pool lives.
+        kernels: `auto` (Triton on CUDA, numba on the CPU), `triton`, `numba` or `reference`.
+    """
+    if kernels == "auto":
+        kernels = "triton" if device.type == "cuda" else "numba"
+    if kernels not in HOMES:
+        raise ValueError(f"kernels must be auto or one of {sorted(HOMES)}, not {kernels!r}")
+    home = HOMES[kernels]
+    return SimpleNamespace(
+        **{op: getattr(importlib.import_module(f"csrc_free_kernels.{home}.{op}"), op) for op in OPS}
+    )
