@@ -15,7 +15,9 @@ import pytest
 def pytest_configure(config):
     config.addinivalue_line("markers", "gpu: needs a CUDA device")
     config.addinivalue_line("markers", "slow: takes more than a few seconds")
-    torch.set_num_threads(min(2, os.cpu_count() or 1) if not torch.cuda.is_available() else torch.get_num_threads())
+    torch.set_num_threads(
+        min(2, os.cpu_count() or 1) if not torch.cuda.is_available() else torch.get_num_threads()
+    )
 
 
 def pytest_collection_modifyitems(config, items):

@@ -17,7 +17,11 @@ FASTMATH = {"reassoc", "contract", "nsz"}  # never nnan or ninf: merges rely on 
 
 def as_numpy(t: torch.Tensor) -> np.ndarray:
     """View a CPU tensor as numpy without copying: float32 as it is, 16-bit floats as uint16."""
-    return t.detach().view(torch.uint16).numpy() if t.dtype in (torch.bfloat16, torch.float16) else t.detach().numpy()
+    return (
+        t.detach().view(torch.uint16).numpy()
+        if t.dtype in (torch.bfloat16, torch.float16)
+        else t.detach().numpy()
+    )
 
 
 def code_of(t: torch.Tensor) -> int:
@@ -59,7 +63,9 @@ def decode(x, code):
     sign = (u & np.uint32(0x8000)) << np.uint32(16)
     magnitude = u & np.uint32(0x7FFF)
     if magnitude >= np.uint32(0x7C00):
-        return _bits_to_float(sign | np.uint32(0x7F800000) | ((magnitude & np.uint32(0x3FF)) << np.uint32(13)))
+        return _bits_to_float(
+            sign | np.uint32(0x7F800000) | ((magnitude & np.uint32(0x3FF)) << np.uint32(13))
+        )
     value = _bits_to_float(magnitude << np.uint32(13)) * np.float32(5.192296858534828e33)
     return -value if sign else value
 

@@ -20,7 +20,9 @@ def relative_error(x: torch.Tensor, truth: torch.Tensor) -> float:
     return float((x - truth).norm() / norm) if norm > 0 else float((x - truth).norm())
 
 
-def assert_close(x: torch.Tensor, truth: torch.Tensor, same_dtype: torch.Tensor | None, dtype: torch.dtype) -> None:
+def assert_close(
+    x: torch.Tensor, truth: torch.Tensor, same_dtype: torch.Tensor | None, dtype: torch.dtype
+) -> None:
     """Pass if err(x) <= 2 * err(plain torch in the same dtype) + floor(dtype).
 
     Args:

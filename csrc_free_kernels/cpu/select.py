@@ -1,0 +1,137 @@
+"""numba `select`: the k-th largest value by a bitwise search, one pass to emit the ids, then the heat."""
+
+import numba as nb
+import numpy as np
+from torch import Tensor
+
+from csrc_free_kernels.cpu.bits import FASTMATH
+from csrc_free_kernels.reference.select import check_arguments
+
+LOWEST_KEY = np.int32(-(2**31))  # below the key of -inf, so only for what may not be taken
+MODES = {"none": 0, "sum": 1, "softmax": 2}
+NOTHING = np.empty((0, 0, 0), np.float32)  # stands for scores or heat that are not given
+
+
+@nb.njit(cache=True)
+def sortable(x, keys):
+    """Order-preserving map of float32 bits (as int32) to int32; NaN counts as -inf and -0.0 as 0.0."""
+    for i in range(keys.size):
+        bits = x[i]
+        if (bits & np.int32(0x7FFFFFFF)) > np.int32(0x7F800000):
+            bits = np.int32(-8388608)  # the bits of -inf
+        elif bits == LOWEST_KEY:
+            bits = np.int32(0)
+        keys[i] = bits ^ np.int32(0x7FFFFFFF) if bits < 0 else bits
+
+
+@nb.njit(cache=True)
+def take_best(x, chosen, keys, count):
+    """Mark the `count` largest unmarked values of x (float32 bits), ties to the lower id; uses `keys`."""
+    sortable(x, keys)
+    for i in range(keys.size):
+        if chosen[i]:
+            keys[i] = LOWEST_KEY
+    threshold, reached, bit = LOWEST_KEY, np.int64(keys.size + 1), 31
+    while bit >= 0 and reached != count:
+        trial = np.int32(threshold ^ np.int32(np.int64(1) << bit))
+        above = np.int32(0)
+        for i in range(keys.size):
+            above += np.int32(keys[i] >= trial)
+        if above >= count:
+            threshold, reached = trial, np.int64(above)
+        bit -= 1
+    ties = count
+    for i in range(keys.size):
+        ties -= keys[i] > threshold
+    for i in range(keys.size):
+        if keys[i] > threshold:
+            chosen[i] = True
+        elif keys[i] == threshold and ties > 0:
+            chosen[i] = True
+            ties -= 1
+
+
+@nb.njit(cache=True, fastmath=FASTMATH)
+def update_heat(scores, heat, decay, softmax):
+    """heat = decay * heat + normalised scores, where scores are finite."""
+    top, total = np.float32(0.0), np.float32(0.0)
+    if softmax:
+        top = np.float32(-np.inf)
+        for x in scores:
+            if np.isfinite(x):
+                top = max(top, x)
+    for x in scores:
+        if np.isfinite(x):
+            total += np.exp(x - top) if softmax else x
+    inverse = np.float32(1.0) / total if total != 0.0 else np.float32(1.0)
+    for i in range(scores.size):
+        heat[i] *= decay
+        if np.isfinite(scores[i]):
+            heat[i] += (np.exp(scores[i] - top) if softmax else scores[i]) * inverse
+
+
+# One (row, head) an iteration. scores and heat: [B, Hkv, N] as float32, and the same memory as int32 bits.
+@nb.njit(cache=True, parallel=True)
+def select_kernel(
+    scores, score_bits, heat, heat_bits, seq_lens, selected, num_selected, block_size, sink, recent, query,
+    agnostic, decay, mode,
+):  # fmt: skip
+    num_rows, num_kv_heads, width = selected.shape
+    for i in nb.prange(num_rows * num_kv_heads):
+        b, h = i // num_kv_heads, i % num_kv_heads
+        blocks = (seq_lens[b] + block_size - 1) // block_size
+        out = selected[b, h]
+        if blocks <= width:
+            count = blocks
+            for s in range(count):
+                out[s] = s
+        else:
+            chosen = np.zeros(blocks, np.bool_)
+            chosen[:sink] = True
+            chosen[blocks - recent :] = True
+            keys = np.empty(blocks, np.int32)
+            if query > 0:
+                take_best(score_bits[b, h], chosen, keys, query)
+            if agnostic > 0:
+                take_best(heat_bits[b, h], chosen, keys, agnostic)
+            count = 0
+            for n in range(blocks):
+                if chosen[n]:
+                    out[count] = n
+                    count += 1
+        out[count:] = -1
+        num_selected[b, h] = count
+        if mode > 0:
+            update_heat(scores[b, h, :blocks], heat[b, h, :blocks], decay, mode == 2)
+
+
+def select(
+    block_scores: Tensor | None,
+    heat: Tensor | None,
+    seq_lens: Tensor,
+    selected_blocks: Tensor,
+    num_selected: Tensor,
+    *,
+    block_size: int,
+    sink_blocks: int,
+    recent_blocks: int,
+    query_blocks: int,
+    agnostic_blocks: int,
+    heat_decay: float,
+    normalise: str,
+) -> None:
+    """Select forced, best-scoring and hottest blocks of every (row, head), then update the heat.
+
+    Arguments as in `csrc_free_kernels/reference/select.py`.
+
+    Raises:
+        ValueError: an unknown `normalise`, or scores or heat are needed and not given.
+    """
+    check_arguments(block_scores, heat, query_blocks, agnostic_blocks, normalise)
+    scores = NOTHING if block_scores is None else block_scores.numpy()
+    heats = NOTHING if heat is None else heat.numpy()
+    select_kernel(
+        scores, scores.view(np.int32), heats, heats.view(np.int32), seq_lens.numpy(), selected_blocks.numpy(),
+        num_selected.numpy(), block_size, sink_blocks, recent_blocks, query_blocks, agnostic_blocks,
+        np.float32(heat_decay), MODES[normalise],
+    )  # fmt: skip

@@ -1,0 +1,108 @@
+"""Truth of `select`: which blocks a query attends to, and the heat that remembers past scores."""
+
+import torch
+from torch import Tensor
+
+
+def select(
+    block_scores: Tensor | None,
+    heat: Tensor | None,
+    seq_lens: Tensor,
+    selected_blocks: Tensor,
+    num_selected: Tensor,
+    *,
+    block_size: int,
+    sink_blocks: int,
+    recent_blocks: int,
+    query_blocks: int,
+    agnostic_blocks: int,
+    heat_decay: float,
+    normalise: str,
+) -> None:
+    """Select forced, best-scoring and hottest blocks of every (row, head), then update the heat.
+
+    Args:
+        block_scores: fp32 [B, Hkv, N], NaN counts as -inf; may be None when `query_blocks == 0` and
+            `normalise == "none"`.
+        heat: fp32 [B, Hkv, N], updated in place for the blocks that exist; may be None when
+            `agnostic_blocks == 0` and `normalise == "none"`.
+        seq_lens: int32 [B], tokens; 0 = inactive.
+        selected_blocks: int32 [B, Hkv, S], written in full: ascending logical ids, then -1.
+        num_selected: int32 [B, Hkv], written.
+        block_size: tokens in a block.
+        sink_blocks: blocks forced at the start.
+        recent_blocks: blocks forced at the end, the tail included (at least 1).
+        query_blocks: blocks taken by score.
+        agnostic_blocks: blocks taken by heat among what is left.
+        heat_decay: factor on the old heat.
+        normalise: how scores enter the heat: "sum", "softmax" or "none" (heat is left unchanged).
+
+    Raises:
+        ValueError: an unknown `normalise`, or scores or heat are needed and not given.
+    """
+    check_arguments(block_scores, heat, query_blocks, agnostic_blocks, normalise)
+    width, device = selected_blocks.shape[2], selected_blocks.device
+    nb = ((seq_lens + block_size - 1) // block_size)[:, None, None]  # [B, 1, 1]
+    if query_blocks + agnostic_blocks == 0:
+        place = torch.arange(width, device=device)
+        in_front = (nb <= width) | (place < sink_blocks)
+        ids = torch.where(in_front, place, place - sink_blocks + nb - recent_blocks)
+        count = torch.where(nb <= width, nb, sink_blocks + recent_blocks)
+        selected_blocks.copy_(torch.where(place < count, ids, -1))
+        num_selected.copy_(count[..., 0])
+    else:
+        rankings = ((block_scores, query_blocks), (heat, agnostic_blocks))
+        used = [(values, share) for values, share in rankings if values is not None and share > 0]
+        block = torch.arange(used[0][0].shape[2], device=device)
+        forced = (block < sink_blocks) | (block >= nb - recent_blocks) | (nb <= width)
+        chosen = (forced & (block < nb)).expand_as(used[0][0])
+        open_to_choice = (block < nb) & (nb > width)
+        for values, share in used:
+            chosen = chosen | _best(values, open_to_choice & ~chosen, share)
+        _compact(chosen, selected_blocks, num_selected)
+    if normalise != "none" and block_scores is not None and heat is not None:
+        _update_heat(block_scores, heat, nb, heat_decay, normalise)
+
+
+def check_arguments(
+    block_scores: Tensor | None, heat: Tensor | None, query_blocks: int, agnostic_blocks: int, normalise: str
+) -> None:
+    """Raise ValueError for an unknown `normalise`, or where scores or heat are needed and not given."""
+    if normalise not in ("sum", "softmax", "none"):
+        raise ValueError(f"normalise must be 'sum', 'softmax' or 'none', not {normalise!r}")
+    if block_scores is None and (query_blocks > 0 or normalise != "none"):
+        raise ValueError(f"query_blocks = {query_blocks}, normalise = {normalise!r} need block_scores")
+    if heat is None and (agnostic_blocks > 0 or normalise != "none"):
+        raise ValueError(f"agnostic_blocks = {agnostic_blocks}, normalise = {normalise!r} need heat")
+
+
+def _best(values: Tensor, candidate: Tensor, count: int) -> Tensor:
+    """Mark the `count` largest candidates, ties to the lower id."""
+    values = torch.where(values.isnan(), -torch.inf, values) + 0.0  # -0.0 ties with 0.0
+    order = values.sort(dim=-1, descending=True, stable=True).indices
+    candidate = candidate.gather(-1, order)
+    taken = candidate & (candidate.cumsum(-1) <= count)
+    return torch.zeros_like(taken).scatter(-1, order, taken)
+
+
+def _compact(chosen: Tensor, selected_blocks: Tensor, num_selected: Tensor) -> None:
+    """Write the ids of the marked blocks in ascending order, padded with -1, and their number."""
+    width = selected_blocks.shape[2]
+    place = torch.where(chosen, chosen.cumsum(-1) - 1, width)  # unmarked blocks share one spare place
+    ids = torch.arange(chosen.shape[2], dtype=torch.int32, device=chosen.device).expand_as(chosen)
+    spare = torch.full((*chosen.shape[:2], width + 1), -1, dtype=torch.int32, device=chosen.device)
+    selected_blocks.copy_(spare.scatter(-1, place, ids)[..., :width])
+    num_selected.copy_(chosen.sum(-1))
+
+
+def _update_heat(block_scores: Tensor, heat: Tensor, nb: Tensor, heat_decay: float, normalise: str) -> None:
+    """Fold the normalised scores into the heat of existing blocks."""
+    exists = torch.arange(heat.shape[2], device=heat.device) < nb
+    finite = exists & block_scores.isfinite()
+    if normalise == "softmax":
+        share = block_scores.masked_fill(~finite, -torch.inf).softmax(-1)
+    else:
+        total = block_scores.masked_fill(~finite, 0.0).sum(-1, keepdim=True)
+        share = block_scores / torch.where(total == 0, 1.0, total)
+    new = heat_decay * heat + torch.where(finite, share, 0.0)
+    heat.copy_(torch.where(exists, new, heat))

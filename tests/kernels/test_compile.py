@@ -1,0 +1,288 @@
+"""Every Triton kernel, compiled ahead of time for real architectures: it fits, no spills, wide loads.
+
+Whether a kernel is interpreted or compiled is decided when its module is imported, so the compiling happens
+in another process: this file run as a script. It calls the wrappers with tensors that have no memory (device
+`meta`), so what is compiled is exactly what they would launch. No GPU is needed.
+"""
+
+import importlib
+import json
+import os
+import re
+import subprocess
+import sys
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+ROOT = Path(__file__).parents[2]
+SHARED_BYTES = {80: 166_912, 89: 101_376, 90: 232_448}  # that one program may use, by compute capability
+
+BF16, FP32 = torch.bfloat16, torch.float32
+PLAIN = {"softmax_scale": 0.1, "soft_cap": None, "window": None}
+
+
+def empty(*shape, dtype=BF16):
+    return torch.empty(shape, dtype=dtype, device="meta")
+
+
+def ints(*shape):
+    return empty(*shape, dtype=torch.int32)
+
+
+class World:
+    """The tensors of one layer, named as in the contracts: 4 rows, 2 KV heads, blocks of 64 tokens."""
+
+    def __init__(self, D=128, G=4, dtype=BF16, W=4):
+        B, H, C, N, S, P, L = 4, 2, 64, 512, 64, 2048, 1024
+        self.q, self.k_new, self.chunk = (
+            empty(B, H * G, D, dtype=dtype),
+            empty(B, H, D, dtype=dtype),
+            empty(B, H, 512, D),
+        )
+        self.q_chunk, self.kv_chunk = (
+            empty(B, H * G, 512, D, dtype=dtype),
+            empty(B, H, 1, 512, D, dtype=dtype),
+        )
+        self.ring = empty(B, H, 1024, D)
+        self.pool_blocks, self.host_blocks = (
+            empty(L, 2 * C * D, dtype=dtype),
+            empty(P, H, 2 * C * D, dtype=dtype),
+        )
+        self.staging = empty(B, H, 32, 2 * C * D, dtype=dtype)
+        self.k_pool, self.v_pool = self.pool_blocks.view(L, 2, C, D).unbind(1)
+        self.k_host, self.v_host = self.host_blocks.view(P, H, 2, C, D).unbind(2)
+        self.k_staged, self.v_staged = self.staging.view(B, H, 32, 2, C, D).unbind(3)
+        self.summary = empty(P, H, W, D, dtype=dtype)
+        self.rows, self.step, self.load_count = ints(B), ints(1), ints(1)
+        self.host_table, self.slot_of = ints(B, N), ints(B, H, N)
+        self.block_in, self.last_used, self.slot_base, self.slot_count = (
+            ints(L),
+            ints(L),
+            ints(B, H),
+            ints(B, H),
+        )
+        self.selected, self.num_selected, self.slots = ints(B, H, S), ints(B, H), ints(B, H, S)
+        self.scores, self.heat = empty(B, H, N, dtype=FP32), empty(B, H, N, dtype=FP32)
+        self.logits = empty(B, H * G, N * W, dtype=FP32)
+        self.loads, self.total = ints(B * H * S), empty(1, dtype=torch.int64)
+        self.counters = empty(B, H, 5, dtype=torch.int64)
+        self.parts, self.lse_parts = empty(8, B, H * G, D, dtype=FP32), empty(8, B, H * G, dtype=FP32)
+        self.chunk_out, self.chunk_lse = empty(B, H * G, 512, D, dtype=FP32), empty(B, H * G, 512, dtype=FP32)
+
+    def attend(self, **kw):
+        ids = (self.selected, self.slots, self.rows)
+        return (self.q, self.k_pool, self.v_pool, *ids, self.parts, self.lse_parts), PLAIN | kw
+
+    def merge(self):
+        return (self.parts, self.lse_parts, self.q[0, :, 0], self.q, self.lse_parts[0]), {}
+
+    def prefill_attention(self, *, staged=False, queries=512, **kw):
+        kv = (self.k_staged, self.v_staged) if staged else (self.kv_chunk, self.kv_chunk)
+        chunk = (x[:, :, :queries] for x in (self.chunk_out, self.chunk_lse))
+        return (self.q_chunk[:, :, :queries], *kv, self.rows, self.rows, self.rows, *chunk), PLAIN | kw
+
+    def append(self, kind):
+        tables = (self.slot_of, self.block_in, self.last_used, self.slot_base, self.slot_count, self.step)
+        pools = (self.k_host, self.v_host, self.k_pool, self.v_pool)
+        summary = None if kind == "none" else self.summary
+        args = (self.k_new, self.k_new, self.rows, self.host_table, *pools, *tables, summary, self.load_count)
+        return args, {"sink_blocks": 1, "summary_kind": kind}
+
+    def append_chunk(self):
+        pools = (self.k_host, self.v_host, self.k_pool, self.v_pool)
+        return (self.chunk, self.chunk, self.rows, self.host_table, *pools, self.slot_of), {}
+
+    def summarize_chunk(self, kind):
+        return (self.chunk, self.rows, self.host_table, self.k_host, self.summary), {"summary_kind": kind}
+
+    def ring_append(self):
+        return (self.chunk, self.chunk, self.rows, self.ring, self.ring), {}
+
+    def gather(self):
+        return (self.loads, self.loads, self.load_count, self.host_blocks, self.pool_blocks, self.total), {}
+
+    def stage(self):
+        tables = (self.rows, self.host_table, self.slot_of)
+        return (0, *tables, self.host_blocks, self.pool_blocks, self.staging, self.total), {"block_size": 64}
+
+    def score(self):
+        args = (self.q, self.summary, self.host_table, self.rows, self.logits, self.num_selected, self.scores)
+        return args, {"softmax_scale": 0.1, "block_size": 64}
+
+    def select(self, normalise):
+        policy = {"sink_blocks": 1, "recent_blocks": 16, "query_blocks": 24, "agnostic_blocks": 23}
+        args = (self.scores, self.heat, self.rows, self.selected, self.num_selected)
+        return args, policy | {"block_size": 64, "heat_decay": 0.98, "normalise": normalise}
+
+    def resolve(self):
+        tables = (
+            self.host_table,
+            self.slot_of,
+            self.block_in,
+            self.last_used,
+            self.slot_base,
+            self.slot_count,
+            self.step,
+        )
+        lists = (self.slots, self.slots, self.loads, self.loads, self.load_count, self.counters)
+        limits = {"block_size": 64, "sink_blocks": 1, "recent_blocks": 16}
+        return (self.selected, self.num_selected, self.rows, *tables, *lists), limits
+
+
+# name: op, its arguments, architectures, whether 16-byte loads are claimed
+CASES = {
+    "attend": ("attend", lambda: World().attend(), (80, 89, 90), True),
+    "attend-d64-g8": ("attend", lambda: World(D=64, G=8).attend(), (90,), True),
+    "attend-d80": ("attend", lambda: World(D=80, G=1).attend(), (80, 90), True),
+    "attend-d256-window-cap": (
+        "attend",
+        lambda: World(D=256).attend(window=512, soft_cap=50.0),
+        (80, 89, 90),
+        True,
+    ),
+    "attend-fp32": ("attend", lambda: World(dtype=FP32).attend(), (90,), True),
+    "merge": ("merge", lambda: World().merge(), (80, 90), False),
+    "prefill": ("prefill_attention", lambda: World().prefill_attention(), (80, 89, 90), True),
+    "prefill-staged": ("prefill_attention", lambda: World().prefill_attention(staged=True), (80, 90), True),
+    "prefill-d64": ("prefill_attention", lambda: World(D=64).prefill_attention(), (90,), True),
+    "prefill-d96-few": ("prefill_attention", lambda: World(D=96).prefill_attention(queries=20), (90,), True),
+    "prefill-d256-window-cap": (
+        "prefill_attention",
+        lambda: World(D=256).prefill_attention(window=512, soft_cap=50.0),
+        (80, 89, 90),
+        True,
+    ),
+    "prefill-fp32": ("prefill_attention", lambda: World(dtype=FP32).prefill_attention(), (80, 90), True),
+    "prefill-fp32-d256": (
+        "prefill_attention",
+        lambda: World(D=256, dtype=FP32).prefill_attention(),
+        (89,),
+        True,
+    ),
+    "append-none": ("append", lambda: World().append("none"), (90,), False),
+    "append-mean": ("append", lambda: World().append("mean"), (80, 90), False),
+    "append-minmax": ("append", lambda: World(W=2).append("minmax"), (90,), False),
+    "append_chunk": ("append_chunk", lambda: World().append_chunk(), (80, 90), True),
+    "summarize_chunk-mean": ("summarize_chunk", lambda: World().summarize_chunk("mean"), (80, 90), False),
+    "summarize_chunk-minmax": ("summarize_chunk", lambda: World(W=2).summarize_chunk("minmax"), (90,), False),
+    "ring_append": ("ring_append", lambda: World().ring_append(), (80, 90), True),
+    "gather": ("gather", lambda: World().gather(), (80, 90), True),
+    "stage": ("stage", lambda: World().stage(), (80, 90), True),
+    "score_mean": ("score_mean", lambda: World(W=1).score(), (80, 90), False),
+    "score_windows": ("score_windows", lambda: World().score(), (80, 90), False),
+    "score_minmax": ("score_minmax", lambda: World(W=2).score(), (80, 90), False),
+    "select-sum": ("select", lambda: World().select("sum"), (80, 90), False),
+    "select-softmax": ("select", lambda: World().select("softmax"), (90,), False),
+    "resolve": ("resolve", lambda: World().resolve(), (80, 90), False),
+}
+
+
+def compile_case(name: str, arch: int) -> list[dict]:
+    """Compile what one call launches; runs in the process without the interpreter."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.runtime.jit import JITFunction
+
+    driver = SimpleNamespace(
+        get_current_target=lambda: GPUTarget("cuda", arch, 32),
+        get_current_device=lambda: arch,  # the key of the kernel caches
+        get_current_stream=lambda device=0: 0,
+    )
+    triton.runtime.driver.set_active(driver)
+    limits = SimpleNamespace(shared_memory_per_block_optin=SHARED_BYTES[arch])
+    torch.cuda.get_device_properties = lambda device=None: limits
+
+    compiled = []
+
+    def compile_instead(kernel, grid):
+        def launch(*args, **kwargs):
+            if "UPCAST_DOT" in kwargs:  # set for tensors that are not on a GPU, which ours only pretend to be
+                kwargs["UPCAST_DOT"] = False
+            compiled.append(kernel.warmup(*args, grid=grid, **kwargs))
+
+        return launch
+
+    JITFunction.__getitem__ = compile_instead
+    op, arguments = CASES[name][:2]
+    args, kwargs = arguments()
+    getattr(importlib.import_module(f"csrc_free_kernels.gpu.{op}"), op)(*args, **kwargs)
+    return [{"case": name, "arch": arch} | measure(kernel) for kernel in compiled]
+
+
+def measure(kernel) -> dict:
+    """Registers, spilled bytes, spills inside loops, shared memory and 16-byte loads of a kernel."""
+    tools = Path(importlib.import_module("triton").__file__).parent / "backends/nvidia/bin"
+    cubin = Path(os.environ["CUBIN_DIR"]) / f"{os.getpid()}.cubin"
+    cubin.write_bytes(kernel.asm["cubin"])
+
+    def run(tool, option):
+        return subprocess.run(
+            [tools / tool, option, cubin], capture_output=True, text=True, check=True
+        ).stdout
+
+    usage = run("cuobjdump", "-res-usage")
+    wide = r"ld\.global\S*\.v4\.b32|ld\.global\S*\.v2\.b64|cp\.async\.cg\.shared\.global"
+    return {
+        "kernel": kernel.metadata.name,
+        "registers": int(re.search(r"REG:(\d+)", usage)[1]),
+        "spill_bytes": int(re.search(r"STACK:(\d+)", usage)[1]) + int(re.search(r"LOCAL:(\d+)", usage)[1]),
+        "loop_spills": loop_spills(run("nvdisasm", "-c")),
+        "shared_bytes": kernel.metadata.shared,
+        "wide_loads": len(re.findall(wide, kernel.asm["ptx"])),
+    }
+
+
+def loop_spills(assembly: str) -> int:
+    """Local-memory accesses between a label and a branch back to it."""
+    labels, spills, seen = {}, 0, 0
+    for line in assembly.splitlines():
+        if label := re.match(r"\s*(\.L_x_\d+):", line):
+            labels[label[1]] = seen
+        elif re.search(r"\b(STL|LDL)\b", line):
+            seen += 1
+        elif (branch := re.search(r"\bBRA\b.*(\.L_x_\d+)", line)) and branch[1] in labels:
+            spills += seen - labels[branch[1]]
+    return spills
+
+
+def attempt(job: tuple[str, int]) -> list[dict]:
+    try:
+        return compile_case(*job)
+    except Exception as e:  # reported by the test of this case
+        return [{"case": job[0], "arch": job[1], "error": f"{type(e).__name__}: {e}"}]
+
+
+JOBS = [(name, arch) for name, case in CASES.items() for arch in case[2]]
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory):
+    env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    env |= {"PYTHONPATH": str(ROOT), "CUBIN_DIR": str(tmp_path_factory.mktemp("cubin"))}
+    done = subprocess.run([sys.executable, __file__], cwd=ROOT, env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "arch"), JOBS, ids=[f"{n}-sm{a}" for n, a in JOBS])
+def test_compiles(results, name, arch):
+    kernels = [r for r in results if (r["case"], r["arch"]) == (name, arch)]
+    assert kernels
+    for kernel in kernels:
+        assert "error" not in kernel, kernel["error"]
+        assert kernel["shared_bytes"] <= SHARED_BYTES[arch], kernel
+        assert kernel["loop_spills"] == 0, kernel
+        if CASES[name][0] != "prefill_attention":  # wide heads spill around its loops
+            assert kernel["spill_bytes"] == 0, kernel
+    if CASES[name][3]:
+        assert any(kernel["wide_loads"] for kernel in kernels), kernels
+
+
+if __name__ == "__main__":
+    with ProcessPoolExecutor(2) as pool:
+        print(json.dumps([kernel for kernels in pool.map(attempt, JOBS) for kernel in kernels]))
