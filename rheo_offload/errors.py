@@ -1,0 +1,39 @@
+"""Every error this package raises on purpose. The message names the cause and the remedy."""
+
+from collections.abc import Sequence
+
+
+class RheoError(Exception):
+    """Base of all errors of this package; the command line prints it as one line."""
+
+
+class ConfigError(RheoError, ValueError):
+    """A configuration key is unknown, or its value of the wrong type or out of range."""
+
+
+class UnsupportedModelError(RheoError):
+    """The model cannot be offloaded.
+
+    Args:
+        reasons: every reason found, not only the first; the message lists all of them.
+    """
+
+    def __init__(self, reasons: Sequence[str]) -> None:
+        self.reasons = list(reasons)
+        super().__init__("this model cannot be offloaded: " + "; ".join(self.reasons))
+
+
+class HostMemoryError(RheoError):
+    """The host store does not fit. The message says what was needed, what was free, which key decides."""
+
+
+class DeviceMemoryError(RheoError):
+    """The device pool does not fit. The message says what was needed, what was free, which key decides."""
+
+
+class CacheError(RheoError):
+    """The cache was used in a way it cannot serve (length, batch, order of calls)."""
+
+
+class NonFiniteError(RheoError):
+    """NaN or infinity turned up where only finite numbers may be."""
