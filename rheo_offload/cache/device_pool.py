@@ -1,0 +1,150 @@
+"""The device side of one layer: the pool with its residency tables, or the ring of a sliding layer.
+
+Every tensor a decode kernel touches is allocated here once and keeps its address, so that a captured step stays
+valid. Slots are shared out evenly: row b, head h owns `1 + (b * Hkv + h) * capacity ...`, and slot 0 is scratch
+that belongs to nobody.
+"""
+
+import torch
+
+from rheo_offload.cache.layout import BlockLayout, ring_tokens
+from rheo_offload.types import LayerSpec
+
+NUM_COUNTERS = 5  # selected, hits, forced selected, forced hits, evictions
+TRAFFIC = ("loaded", "warmed", "prefill", "streamed", "audited")  # blocks read from the host, by purpose
+
+
+class FullLayer:
+    """Pool, residency tables, summaries and heat of one full-attention layer."""
+
+    def __init__(
+        self,
+        spec: LayerSpec,
+        layout: BlockLayout,
+        host_blocks: torch.Tensor,
+        *,
+        rows: int,
+        max_blocks: int,
+        capacity: int,
+        summary_kind: str,
+        summary_width: int,
+        max_pages: int,
+        device: torch.device,
+    ) -> None:
+        """Allocate the layer.
+
+        Args:
+            spec: the layer.
+            layout: of its blocks.
+            host_blocks: [P, Hkv, E] view of the host store.
+            rows: rows of the batch.
+            max_blocks: logical blocks per row (N).
+            capacity: slots per (row, KV head).
+            summary_kind: `none`, `mean` or `minmax`.
+            summary_width: summary vectors per block (W).
+            max_pages: host pages that summaries must cover.
+            device: of the pool.
+        """
+        self.spec, self.layout, self.device = spec, layout, device
+        self.rows, self.capacity, self.max_blocks = rows, capacity, max_blocks
+        self.host_blocks = host_blocks
+        self.k_host, self.v_host = layout.split(host_blocks)
+        self.summary_kind, self.summary_width = summary_kind, summary_width
+        self.pool_blocks = torch.empty(
+            1 + rows * spec.num_kv_heads * capacity, layout.elements, dtype=layout.dtype, device=device
+        )
+        self.k_pool, self.v_pool = layout.split(self.pool_blocks)
+        self.slot_base = (
+            1 + capacity * torch.arange(rows * spec.num_kv_heads, dtype=torch.int32, device=device)
+        ).view(rows, spec.num_kv_heads)
+        self.slot_count = torch.full_like(self.slot_base, capacity)
+        slots = self.pool_blocks.shape[0]
+        self.block_in = torch.full((slots,), -1, dtype=torch.int32, device=device)
+        self.last_used = torch.zeros(slots, dtype=torch.int32, device=device)
+        shape = (rows, spec.num_kv_heads, max_blocks)
+        self.slot_of = torch.full(shape, -1, dtype=torch.int32, device=device)
+        self.heat = torch.zeros(shape, dtype=torch.float32, device=device)
+        self.counters = torch.zeros(rows, spec.num_kv_heads, NUM_COUNTERS, dtype=torch.int64, device=device)
+        self.traffic = torch.zeros(len(TRAFFIC), dtype=torch.int64, device=device)
+        self.summary: torch.Tensor | None = None
+        self.cover_pages(max_pages)
+
+    def traffic_of(self, purpose: str) -> torch.Tensor:
+        """Return the one-element counter of blocks read from the host for a purpose in `TRAFFIC`."""
+        i = TRAFFIC.index(purpose)
+        return self.traffic[i : i + 1]
+
+    def cover_pages(self, max_pages: int) -> None:
+        """Make the summaries reach `max_pages` host pages, keeping what they hold."""
+        if self.summary_kind == "none" or (self.summary is not None and self.summary.shape[0] >= max_pages):
+            return
+        old = self.summary
+        self.summary = torch.empty(
+            max_pages,
+            self.spec.num_kv_heads,
+            self.summary_width,
+            self.spec.head_dim,
+            dtype=self.layout.dtype,
+            device=self.device,
+        )
+        if old is not None:
+            self.summary[: old.shape[0]] = old
+
+    @property
+    def device_bytes(self) -> int:
+        """Device memory of this layer's cache."""
+        tensors = (self.pool_blocks, self.summary, self.slot_of, self.heat, self.block_in, self.last_used)
+        return sum(t.nbytes for t in tensors if t is not None)
+
+
+class SlidingLayer:
+    """The last tokens of every row of a sliding-window layer, in a ring: token at position p sits at p % R.
+
+    Whole blocks of the ring double as the slots of a pool, so that decode attention needs no kernel of its own.
+    """
+
+    def __init__(
+        self, spec: LayerSpec, *, rows: int, block_size: int, dtype: torch.dtype, device: torch.device
+    ) -> None:
+        assert spec.window is not None
+        self.spec, self.block_size, self.rows = spec, block_size, rows
+        self.ring_tokens = ring_tokens(spec.window, block_size)
+        shape = (rows, spec.num_kv_heads, self.ring_tokens, spec.head_dim)
+        self.k_ring = torch.empty(shape, dtype=dtype, device=device)
+        self.v_ring = torch.empty(shape, dtype=dtype, device=device)
+
+    @property
+    def ring_blocks(self) -> int:
+        """Blocks in a ring."""
+        return self.ring_tokens // self.block_size
+
+    @property
+    def k_pool(self) -> torch.Tensor:
+        """Keys as slots [rows * Hkv * ring_blocks, C, D]."""
+        return self.k_ring.view(-1, self.block_size, self.spec.head_dim)
+
+    @property
+    def v_pool(self) -> torch.Tensor:
+        """Values as slots, like `k_pool`."""
+        return self.v_ring.view(-1, self.block_size, self.spec.head_dim)
+
+    @property
+    def device_bytes(self) -> int:
+        """Device memory of this layer's rings."""
+        return self.k_ring.nbytes + self.v_ring.nbytes
+
+    def history(self, start: torch.Tensor, length: int, rows: slice) -> tuple[torch.Tensor, torch.Tensor]:
+        """Copy the `length` tokens before position `start[b]` out of the ring, in order.
+
+        Returns keys and values [B, Hkv, length, D]; entries at negative positions hold anything.
+        """
+        positions = start[:, None] - length + torch.arange(length, dtype=start.dtype, device=start.device)
+        entry = (positions % self.ring_tokens).long()[:, None, :, None]
+        k, v = self.k_ring[rows], self.v_ring[rows]
+        entry = entry.expand(-1, k.shape[1], -1, k.shape[3])
+        return k.gather(2, entry), v.gather(2, entry)
+
+    def reorder(self, source_rows: torch.Tensor) -> None:
+        """Give row i the ring of row `source_rows[i]`."""
+        self.k_ring.copy_(self.k_ring[source_rows])
+        self.v_ring.copy_(self.v_ring[source_rows])

@@ -1,0 +1,327 @@
+"""The KV cache of one batch: host pages, device pools, and the lengths that both sides agree on.
+
+Two clocks: `lengths` (host, Python ints) and `seq_lens` (device). The host advances outside a captured step, the
+device inside it.
+
+    reserve   host pages for what a row will hold            -> host_table
+    advance   both clocks, by a chunk (prefill) or one token (decode)
+    reorder   rows become copies of other rows (beams, num_return_sequences): pages are shared, the open page is copied
+    crop      the last n tokens never happened
+    grow      room for longer rows: new tables and pools, filled from the host again
+    close     give the pages back
+"""
+
+from collections.abc import Mapping, Sequence
+
+import torch
+
+from rheo_offload.cache import residency
+from rheo_offload.cache.device_pool import FullLayer, SlidingLayer
+from rheo_offload.cache.host_store import HostStore
+from rheo_offload.cache.layout import PageLayout
+from rheo_offload.device import synchronize
+from rheo_offload.errors import CacheError
+from rheo_offload.types import LayerSpec
+
+# Pages a decode step allocates ahead of a row, so that most steps allocate nothing.
+PAGES_AHEAD = 2
+
+
+class KVCache:
+    """See the module."""
+
+    def __init__(
+        self,
+        specs: Sequence[LayerSpec],
+        store: HostStore | None,
+        page: PageLayout,
+        *,
+        rows: int,
+        max_blocks: int,
+        capacity: int,
+        block_size: int,
+        sink_blocks: int,
+        summaries: Mapping[int, tuple[str, int]],
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> None:
+        """Allocate an empty cache.
+
+        Args:
+            specs: the model's attention layers.
+            store: host pages; None when no layer has full attention.
+            page: layout of a host page.
+            rows: rows of the batch.
+            max_blocks: logical blocks per row.
+            capacity: slots per (row, KV head).
+            block_size: tokens per block.
+            sink_blocks: leading blocks that are never dropped.
+            summaries: layer_idx -> (summary kind, summary width) of each full-attention layer.
+            dtype: of keys and values.
+            device: of the pool.
+        """
+        self.specs, self.store, self.page = list(specs), store, page
+        self.rows, self.block_size, self.sink_blocks = rows, block_size, sink_blocks
+        self.dtype, self.device, self.summaries = dtype, device, summaries
+        self.lengths = [0] * rows
+        self.pages: list[list[int]] = [[] for _ in range(rows)]
+        self.seq_lens = torch.zeros(rows, dtype=torch.int32, device=device)
+        self.active = torch.ones(rows, dtype=torch.int32, device=device)
+        self.step = torch.zeros(1, dtype=torch.int32, device=device)
+        self.full: dict[int, FullLayer] = {}
+        self.sliding = {
+            s.layer_idx: SlidingLayer(s, rows=rows, block_size=block_size, dtype=dtype, device=device)
+            for s in specs
+            if s.is_sliding
+        }
+        self._closed = False
+        self._allocate(max_blocks, capacity)
+
+    def _allocate(self, max_blocks: int, capacity: int) -> None:
+        """Create host table, pools and tables for `max_blocks`; heat and counters of an earlier size are kept."""
+        old_table = getattr(self, "host_table", None)
+        self.max_blocks, self.capacity = max_blocks, capacity
+        self.host_table = torch.full((self.rows, max_blocks), -1, dtype=torch.int32, device=self.device)
+        if old_table is not None:
+            self.host_table[:, : old_table.shape[1]] = old_table
+        for spec in self.specs:
+            if spec.is_sliding:
+                continue
+            assert self.store is not None
+            i = spec.layer_idx
+            layout = self.page.blocks[i]
+            kind, width = self.summaries[i]
+            old = self.full.pop(i, None)
+            kept = (old.heat, old.counters, old.traffic, old.summary) if old else None
+            del old  # its pool goes before the new one comes
+            shape = (spec.num_kv_heads, layout.elements)
+            layer = FullLayer(
+                spec,
+                layout,
+                self.store.layer_view(self.page.layer_offsets[i], shape, self.dtype),
+                rows=self.rows,
+                max_blocks=max_blocks,
+                capacity=capacity,
+                summary_kind=kind,
+                summary_width=width,
+                max_pages=self._pages_to_cover(),
+                device=self.device,
+            )
+            if kept:
+                heat, layer.counters, layer.traffic, summary = kept
+                layer.heat[..., : heat.shape[2]] = heat
+                if summary is not None and layer.summary is not None:
+                    layer.summary[: summary.shape[0]] = summary
+            self.full[i] = layer
+
+    def _pages_to_cover(self) -> int:
+        held = max((max(p) for p in self.pages if p), default=0)
+        return max(self.rows * self.max_blocks + 1, held + 1)
+
+    # ---- growing ---------------------------------------------------------------------------------------------------
+
+    def blocks_of(self, tokens: int) -> int:
+        """Return the blocks that `tokens` tokens take."""
+        return -(-tokens // self.block_size)
+
+    def grow(self, max_blocks: int, capacity: int) -> None:
+        """Make room for `max_blocks` per row with `capacity` slots; everything resident is dropped."""
+        self._allocate(max_blocks, capacity)
+
+    def reserve(self, row_tokens: Sequence[int]) -> None:
+        """Hold host pages for `row_tokens[b]` tokens of every row; all rows or none.
+
+        Raises:
+            HostMemoryError: the store cannot hold them; nothing changed.
+        """
+        if self.store is None:
+            return
+        wanted = [max(0, self.blocks_of(n) - len(p)) for n, p in zip(row_tokens, self.pages, strict=True)]
+        if not any(wanted):
+            return
+        fresh = self.store.allocate(sum(wanted))
+        row_ids: list[int] = []
+        block_ids: list[int] = []
+        at = 0
+        for row, n in enumerate(wanted):
+            row_ids += [row] * n
+            block_ids += range(len(self.pages[row]), len(self.pages[row]) + n)
+            self.pages[row] += fresh[at : at + n]
+            at += n
+        index = torch.tensor([row_ids, block_ids, fresh], device=self.device)
+        self.host_table[index[0], index[1]] = index[2].int()
+        top = max(fresh) + 1
+        for layer in self.full.values():
+            layer.cover_pages(top)
+
+    def advance_host(self, tokens: Sequence[int]) -> None:
+        """Advance the host clock by `tokens[b]` tokens per row."""
+        self.lengths = [n + t for n, t in zip(self.lengths, tokens, strict=True)]
+
+    def before_decode(self) -> None:
+        """Host part of a decode step: pages for the new tokens, then the host clock."""
+        if any(len(p) * self.block_size <= n for n, p in zip(self.lengths, self.pages, strict=True)):
+            ahead = PAGES_AHEAD * self.block_size
+            limit = self.max_blocks * self.block_size
+            self.reserve([min(n + ahead, limit) for n in self.lengths])
+        self.advance_host([1] * self.rows)
+
+    def begin_decode(self) -> None:
+        """Device part of a decode step (captured with it): the device clock and the step number."""
+        self.seq_lens += self.active
+        self.step += 1
+
+    def set_device_lengths(self) -> None:
+        """Bring the device clock to the host's (after a prefill chunk, a crop or a reorder)."""
+        self.seq_lens.copy_(torch.tensor(self.lengths, dtype=torch.int32))
+
+    # ---- rows become other rows ------------------------------------------------------------------------------------
+
+    def reorder(self, source_rows: Sequence[int]) -> None:
+        """Make row i a copy of row `source_rows[i]`.
+
+        Closed pages are shared by reference; the open page of a row that moved is copied, because both rows go on
+        writing to theirs. Residency of the rows that changed is dropped: their blocks are read from the host again.
+
+        Raises:
+            HostMemoryError: no room for the copies of the open pages; nothing changed.
+        """
+        source = list(source_rows)
+        if len(source) != self.rows or not all(0 <= s < self.rows for s in source):
+            raise CacheError(f"reorder needs {self.rows} row numbers below {self.rows}, not {source}")
+        moved = [row for row, s in enumerate(source) if s != row]
+        if not moved:
+            return
+        index = torch.tensor(source, device=self.device)
+        if self.store is not None:
+            self._share_pages(source, moved)
+        self.lengths = [self.lengths[s] for s in source]
+        self.set_device_lengths()
+        changed = torch.tensor(moved, device=self.device)
+        for layer in self.full.values():
+            layer.heat.copy_(layer.heat[index])
+            residency.drop_rows(layer, changed)
+        for ring in self.sliding.values():
+            ring.reorder(index)
+
+    def _share_pages(self, source: list[int], moved: list[int]) -> None:
+        assert self.store is not None
+        synchronize(self.device)  # write-through of the pages about to be copied has landed
+        used = [self.blocks_of(n) for n in self.lengths]
+        opened = [row for row in moved if self.lengths[source[row]] % self.block_size]
+        copies = dict(zip(opened, self.store.allocate(len(opened)), strict=True))
+        pages = []
+        for row, s in enumerate(source):
+            if s == row:
+                pages.append(self.pages[row])
+                continue
+            shared = self.pages[s][: used[s] - 1] if row in copies else self.pages[s][: used[s]]
+            self.store.retain(shared)
+            if row in copies:
+                self._copy_page(self.pages[s][used[s] - 1], copies[row])
+            pages.append(shared + ([copies[row]] if row in copies else []))
+        for row in moved:
+            self.store.release(self.pages[row])
+        self.pages = pages
+        self._write_table(moved)
+
+    def _copy_page(self, source: int, target: int) -> None:
+        assert self.store is not None
+        self.store.copy_page(source, target)
+        for layer in self.full.values():
+            layer.cover_pages(target + 1)
+            if layer.summary is not None:
+                layer.summary[target] = layer.summary[source]
+
+    def _write_table(self, rows: Sequence[int]) -> None:
+        for row in rows:
+            line = torch.full((self.max_blocks,), -1, dtype=torch.int32)
+            line[: len(self.pages[row])] = torch.tensor(self.pages[row], dtype=torch.int32)
+            self.host_table[row] = line.to(self.device)
+
+    def crop(self, tokens: int) -> None:
+        """Forget the last `tokens` tokens of every row.
+
+        Raises:
+            CacheError: a row is shorter than that, or a sliding layer no longer holds what would become visible.
+        """
+        if tokens == 0:
+            return
+        if tokens < 0 or tokens > min(self.lengths):
+            raise CacheError(f"cannot drop {tokens} tokens of a row of {min(self.lengths)}")
+        for ring in self.sliding.values():
+            slack = ring.ring_tokens - (ring.spec.window or 0)
+            if tokens > slack and max(self.lengths) > ring.ring_tokens:
+                raise CacheError(
+                    f"cannot drop {tokens} tokens: layer {ring.spec.layer_idx} keeps only {slack} beyond its window"
+                )
+        self.lengths = [n - tokens for n in self.lengths]
+        self._own_open_pages()
+        self.set_device_lengths()
+        first_absent = torch.tensor([self.blocks_of(n) for n in self.lengths], device=self.device)
+        for layer in self.full.values():
+            residency.drop_from(layer, first_absent)
+            beyond = torch.arange(self.max_blocks, device=self.device) >= first_absent[:, None]
+            layer.heat.masked_fill_(beyond[:, None, :], 0.0)
+
+    def _own_open_pages(self) -> None:
+        """Copy open pages that another row shares, before this row writes to them."""
+        if self.store is None:
+            return
+        shared = []
+        for row, n in enumerate(self.lengths):
+            block = n // self.block_size
+            if block < len(self.pages[row]) and self.store.refcount(self.pages[row][block]) > 1:
+                shared.append((row, block))
+        if not shared:
+            return
+        synchronize(self.device)
+        for (row, block), fresh in zip(shared, self.store.allocate(len(shared)), strict=True):
+            self._copy_page(self.pages[row][block], fresh)
+            self.store.release([self.pages[row][block]])
+            self.pages[row][block] = fresh
+        self._write_table([row for row, _ in shared])
+
+    # ---- upkeep ----------------------------------------------------------------------------------------------------
+
+    def drop_blocks(self, fraction: float = 1.0, generator: torch.Generator | None = None) -> None:
+        """Drop a random share of the resident blocks that are neither sink nor tail: forced misses."""
+        for layer in self.full.values():
+            residency.drop_blocks(
+                layer, self.seq_lens, sink_blocks=self.sink_blocks, fraction=fraction, generator=generator
+            )
+
+    def check_integrity(self) -> None:
+        """Check that both clocks agree and every table is consistent. Waits for the device; for tests and idle time."""
+        assert self.seq_lens.tolist() == self.lengths, (
+            f"clocks differ: {self.seq_lens.tolist()} and {self.lengths}"
+        )
+        for row, pages in enumerate(self.pages):
+            assert self.host_table[row, : len(pages)].tolist() == pages, f"row {row}: host_table is stale"
+        for layer in self.full.values():
+            residency.check_integrity(layer, self.seq_lens)
+        if self.store is not None:
+            self.store.check_integrity()
+
+    @property
+    def device_bytes(self) -> int:
+        """Device memory of the cache."""
+        full = sum(layer.device_bytes for layer in self.full.values())
+        return full + sum(ring.device_bytes for ring in self.sliding.values()) + self.host_table.nbytes
+
+    @property
+    def host_bytes(self) -> int:
+        """Host memory of the pages this cache holds (a shared page counts once)."""
+        return len({p for pages in self.pages for p in pages}) * self.page.page_bytes
+
+    def close(self) -> None:
+        """Give every page back. The cache cannot be used afterwards."""
+        if self._closed:
+            return
+        self._closed = True
+        if self.store is not None:
+            for pages in self.pages:
+                self.store.release(pages)
+        self.pages = [[] for _ in range(self.rows)]
+        self.full.clear()
+        self.sliding.clear()
