@@ -1,0 +1,256 @@
+"""What one batch's forward passes share: the cache, the kernels, the method, the streams, the scratch buffers.
+
+`forward` is called once per layer and model forward; the first layer's call begins the step.
+"""
+
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+from rheo_offload.cache.device_pool import FullLayer, SlidingLayer
+from rheo_offload.cache.kv_cache import KVCache
+from rheo_offload.errors import CacheError
+from rheo_offload.execution.audit import Audit
+from rheo_offload.execution.decode import decode_full, decode_sliding
+from rheo_offload.execution.prefill import Chunk, prefill_full, prefill_sliding, warm
+from rheo_offload.execution.workspace import DecodeWorkspace, RingWorkspace, RoundsWorkspace
+from rheo_offload.ops import kernels_for
+from rheo_offload.selection.base import Selector
+from rheo_offload.selection.full import Full
+from rheo_offload.transfer.gather_engine import GatherEngine
+from rheo_offload.types import AttentionCall, Policy
+
+# Longest staging buffer, in blocks of one (row, head), and how many bytes it may take for a whole batch.
+STAGE_BLOCKS = 256
+STAGE_BYTES = 128 << 20
+
+
+class Executor:
+    """See the module."""
+
+    def __init__(
+        self,
+        cache: KVCache,
+        selector: Selector,
+        policy: Policy,
+        *,
+        dense_layers: Sequence[int] = (),
+        kernels: str = "auto",
+        overlap: bool = True,
+        audit_every: int = 0,
+        capacity_for: Callable[[int], int] | None = None,
+    ) -> None:
+        """Wire a cache to a method.
+
+        Args:
+            cache: of the batch.
+            selector: the method.
+            policy: its budget in blocks.
+            dense_layers: layers that attend to everything.
+            kernels: as `ops.kernels_for`.
+            overlap: gather on its own stream.
+            audit_every: decode steps between two measurements of the captured mass; 0 = never.
+            capacity_for: blocks per row -> slots per (row, KV head), asked when the cache must grow.
+        """
+        self.cache, self.selector, self.policy = cache, selector, policy
+        self.ops = kernels_for(cache.device, kernels)
+        self.reference_ops = kernels_for(cache.device, "reference")
+        self.gather = GatherEngine(cache.device, overlap)
+        self.audit = Audit(audit_every, cache.device)
+        self.audit_now = False
+        self.wants_heat = True
+        self.decode_steps = 0
+        self.profiler: Callable[[str], AbstractContextManager[None]] | None = None
+        self._dense, self._full = frozenset(dense_layers), Full()
+        self._capacity_for = capacity_for
+        self._first = min([*cache.full, *cache.sliding])
+        self._last = max([*cache.full, *cache.sliding])
+        self._chunk: Chunk | None = None
+        self._open: int | None = None  # layer that the forward in progress has reached
+        self._workspaces: dict[tuple[int, ...], DecodeWorkspace] = {}
+        self._ring_workspaces: dict[tuple[int, ...], RingWorkspace] = {}
+        self._rounds: dict[tuple[int, ...], RoundsWorkspace] = {}
+        self._staging: dict[tuple[int, ...], torch.Tensor] = {}
+        self.decode_start = torch.zeros_like(cache.seq_lens)
+
+    # ---- one forward -----------------------------------------------------------------------------------------------
+
+    def begin_prefill(self, rows: slice, start: Sequence[int], tokens: int) -> None:
+        """Open a forward of `tokens` new tokens for `rows`; `start[b]` is the first one's position (negative: padding).
+
+        Host and device clocks advance here, before any layer runs.
+
+        Raises:
+            HostMemoryError: the pages do not fit; nothing changed.
+        """
+        cache = self.cache
+        before = cache.lengths[rows]
+        after = [max(n, s + tokens) for n, s in zip(before, start, strict=True)]
+        lengths = list(cache.lengths)
+        lengths[rows] = after
+        self.make_room(max(lengths))
+        cache.reserve(lengths)
+
+        def on_device(values: Sequence[int]) -> torch.Tensor:
+            return torch.tensor(values, dtype=torch.int32, device=cache.device)
+
+        self._chunk = Chunk(rows, before, after, on_device(start), on_device(before), on_device(after))
+        cache.lengths = lengths
+        cache.set_device_lengths()
+
+    def begin_decode(self) -> None:
+        """Open a forward of one token per row: the host part, then the device part."""
+        self.make_room(max(self.cache.lengths) + 1)
+        self.cache.before_decode()
+        self.decode_steps += 1
+        self.audit_now = self.audit.due(self.decode_steps)
+        self.begin_decode_on_device()
+
+    def begin_decode_on_device(self) -> None:
+        """Advance the device clock and the rings' block numbers (this part belongs into a captured step)."""
+        self._chunk = None
+        torch.sub(self.cache.seq_lens, 0, out=self.decode_start)  # position of the new token
+        self.cache.begin_decode()
+        for layer in self.cache.sliding.values():
+            self.ring_workspace_of(layer)
+        for ring in self._ring_workspaces.values():
+            ring.refresh(self.cache.seq_lens, self.cache.block_size)
+
+    def forward(self, layer_idx: int, call: AttentionCall) -> torch.Tensor:
+        """Run one layer of the forward that was begun: [B, Hq, Q, D] in q's dtype.
+
+        Raises:
+            CacheError: an earlier forward stopped half-way, so layers disagree about the tokens they hold.
+        """
+        if layer_idx != self._first and self._open != layer_idx - 1:
+            raise CacheError(
+                f"layer {layer_idx} was called after layer {self._open}: an earlier forward did not finish; "
+                "start a new cache"
+            )
+        self._open = layer_idx
+        full = self.cache.full.get(layer_idx)
+        sliding = self.cache.sliding.get(layer_idx)
+        if self._chunk is not None:
+            if full is not None:
+                return prefill_full(self, full, call, self._chunk)
+            assert sliding is not None
+            return prefill_sliding(self, sliding, call, self._chunk)
+        if full is not None:
+            return decode_full(self, full, call)[:, :, None]
+        assert sliding is not None
+        return decode_sliding(self, sliding, call)[:, :, None]
+
+    @property
+    def between_forwards(self) -> bool:
+        """Whether the last forward reached its last layer."""
+        return self._open is None or self._open == self._last
+
+    def warm(self) -> None:
+        """Load sink, recent and hottest blocks after the prompt."""
+        warm(self)
+
+    def make_room(self, tokens: int) -> None:
+        """Grow the tables when a row outgrows them (doubling, so that it happens rarely)."""
+        needed = self.cache.blocks_of(tokens)
+        if needed <= self.cache.max_blocks:
+            return
+        max_blocks = max(needed, 2 * self.cache.max_blocks)
+        capacity = self._capacity_for(max_blocks) if self._capacity_for else self.cache.capacity
+        self._workspaces.clear()
+        self._rounds.clear()
+        self.cache.grow(max_blocks, capacity)
+
+    # ---- per layer -------------------------------------------------------------------------------------------------
+
+    def _is_dense(self, layer: FullLayer) -> bool:
+        return layer.spec.layer_idx in self._dense or self.selector.name == "full"
+
+    def is_streamed(self, layer: FullLayer) -> bool:
+        """Whether the layer attends to more blocks than its pool holds."""
+        return self._is_dense(layer) and layer.capacity < layer.max_blocks
+
+    def selector_of(self, layer: FullLayer) -> Selector:
+        """Return the layer's method: the configured one, or `full` for layers kept dense."""
+        return self._full if self._is_dense(layer) else self.selector
+
+    def policy_of(self, layer: FullLayer) -> Policy:
+        """Return the layer's policy: the configured one, or everything for layers kept dense."""
+        if not self._is_dense(layer):
+            return self.policy
+        return replace(
+            self.policy,
+            block_budget=layer.max_blocks,
+            sink_blocks=0,
+            recent_blocks=1,
+            query_blocks=0,
+            agnostic_blocks=0,
+        )
+
+    def new_workspace(self, layer: FullLayer, *, block_budget: int) -> DecodeWorkspace:
+        """Allocate decode scratch for a layer's geometry."""
+        return DecodeWorkspace(
+            rows=layer.rows,
+            num_kv_heads=layer.spec.num_kv_heads,
+            num_q_heads=layer.spec.num_q_heads,
+            head_dim=layer.spec.head_dim,
+            max_blocks=layer.max_blocks,
+            block_budget=block_budget,
+            summary_width=layer.summary_width,
+            device=layer.device,
+        )
+
+    def workspace_of(self, layer: FullLayer) -> DecodeWorkspace:
+        """Return the decode scratch that all layers of this geometry and budget share."""
+        budget = 1 if self.is_streamed(layer) else self.policy_of(layer).block_budget
+        key = (
+            layer.spec.num_kv_heads,
+            layer.spec.num_q_heads,
+            layer.spec.head_dim,
+            layer.summary_width,
+            budget,
+        )
+        if key not in self._workspaces:
+            self._workspaces[key] = self.new_workspace(layer, block_budget=budget)
+        return self._workspaces[key]
+
+    def ring_workspace_of(self, layer: SlidingLayer) -> RingWorkspace:
+        """Return the scratch that all sliding layers of this geometry share."""
+        spec = layer.spec
+        key = (spec.num_kv_heads, spec.num_q_heads, spec.head_dim, layer.ring_blocks)
+        if key not in self._ring_workspaces:
+            self._ring_workspaces[key] = RingWorkspace(
+                rows=layer.rows,
+                num_kv_heads=spec.num_kv_heads,
+                num_q_heads=spec.num_q_heads,
+                head_dim=spec.head_dim,
+                ring_blocks=layer.ring_blocks,
+                device=self.cache.device,
+            )
+        return self._ring_workspaces[key]
+
+    def rounds_workspace_of(self, layer: FullLayer) -> RoundsWorkspace:
+        """Return the scratch for dense attention in rounds that all layers of this geometry share."""
+        spec = layer.spec
+        staging = self.staging(layer, layer.rows)
+        key = (*staging.shape, spec.num_q_heads, spec.head_dim)
+        if key not in self._rounds:
+            self._rounds[key] = RoundsWorkspace(
+                staging, num_q_heads=spec.num_q_heads, head_dim=spec.head_dim, max_blocks=layer.max_blocks
+            )
+        return self._rounds[key]
+
+    def staging(self, layer: FullLayer, rows: int) -> torch.Tensor:
+        """Return the staging buffer [rows, Hkv, M, E] for a layer, shared by all layers of its geometry."""
+        per_block = rows * layer.spec.num_kv_heads * layer.layout.block_bytes
+        count = max(1, min(STAGE_BLOCKS, layer.max_blocks, STAGE_BYTES // per_block))
+        key = (rows, layer.spec.num_kv_heads, count, layer.layout.elements)
+        if key not in self._staging:
+            self._staging[key] = torch.empty(*key, dtype=layer.layout.dtype, device=layer.device)
+        return self._staging[key]
+
+    def region(self, name: str) -> AbstractContextManager[Any]:
+        """Time a part of the step when a profiler is set; free otherwise."""
+        return self.profiler(name) if self.profiler is not None else nullcontext()

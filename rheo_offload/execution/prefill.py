@@ -1,0 +1,206 @@
+"""A chunk of new tokens on top of what a row already holds: exact dense attention, history streamed from the host.
+
+history   staged block range by block range (from the pool where resident), each folded into (out, lse)
+chunk     its own keys, causal
+write     keys and values to the host pages (and to slots while there is room), block summaries, heat
+"""
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from rheo_offload.cache import residency
+from rheo_offload.cache.device_pool import FullLayer, SlidingLayer
+from rheo_offload.selection.base import normalised
+from rheo_offload.types import AttentionCall
+
+if TYPE_CHECKING:
+    from rheo_offload.execution.executor import Executor
+
+# (out [B, Hq, Q, D] fp32, lse [B, Hq, Q] fp32): the attention over the keys folded in so far
+Partial = tuple[torch.Tensor, torch.Tensor]
+
+# The last queries of a chunk tell which blocks the first decode steps will want.
+HEAT_QUERIES = 64
+
+
+@dataclass(slots=True)
+class Chunk:
+    """The rows a forward pass covers and where each one's new tokens begin."""
+
+    rows: slice
+    before: list[int]
+    """Tokens each row held before this chunk."""
+    after: list[int]
+    start: torch.Tensor
+    """int32 [B]: position of the chunk's first token, negative where it is padding."""
+    history: torch.Tensor
+    """int32 [B]: `before` on the device."""
+    lengths: torch.Tensor
+    """int32 [B]: `after` on the device."""
+
+
+def prefill_full(ex: "Executor", layer: FullLayer, call: AttentionCall, chunk: Chunk) -> torch.Tensor:
+    """Attend and store a chunk of an offloaded layer.
+
+    Args:
+        ex: the executor.
+        layer: the layer's state, updated in place for `chunk.rows`.
+        call: q [B, Hq, Q, D], k and v [B, Hkv, Q, D] of those rows.
+        chunk: where the tokens are.
+
+    Returns:
+        [B, Hq, Q, D] in q's dtype; padding is 0.
+    """
+    cache, ops = ex.cache, ex.ops
+    partial = _empty_partial(call.q)
+    table, slot_of = cache.host_table[chunk.rows], layer.slot_of[chunk.rows]
+    size = cache.block_size
+    longest = cache.blocks_of(max(chunk.before))
+    if longest:
+        staging = ex.staging(layer, len(chunk.before))
+        k, v = layer.layout.split(staging)
+        for first in range(0, longest, staging.shape[2]):
+            ops.stage(
+                first, chunk.history, table, slot_of, layer.host_blocks, layer.pool_blocks,
+                staging, layer.traffic_of("prefill"), block_size=size,
+            )  # fmt: skip
+            tokens = (chunk.history - first * size).clamp(0, staging.shape[2] * size)
+            _fold(ops, call, k, v, chunk.start, torch.full_like(chunk.start, first * size), tokens, partial)
+    _fold_chunk(ops, call, chunk.start, partial)
+    for b, row in enumerate(range(chunk.rows.start, chunk.rows.stop)):
+        residency.claim_in_order(layer, row, chunk.before[b] // size, cache.blocks_of(chunk.after[b]))
+    ops.append_chunk(
+        call.k, call.v, chunk.start, table,
+        layer.k_host, layer.v_host, layer.k_pool, layer.v_pool, slot_of,
+    )  # fmt: skip
+    if layer.summary_kind != "none":
+        ops.summarize_chunk(
+            call.k, chunk.start, table, layer.k_host, layer.summary, summary_kind=layer.summary_kind
+        )
+    if ex.wants_heat:
+        _start_heat(ex, layer, call, chunk)
+    return _finish(call, partial)
+
+
+def prefill_sliding(ex: "Executor", layer: SlidingLayer, call: AttentionCall, chunk: Chunk) -> torch.Tensor:
+    """Attend and store a chunk of a sliding-window layer. Args and result as `prefill_full`."""
+    partial = _empty_partial(call.q)
+    ops, window = ex.ops, layer.spec.window
+    assert window is not None
+    reach = min(window - 1, max(chunk.before))
+    if reach > 0:
+        k, v = layer.history(chunk.history, reach, chunk.rows)
+        reaches = torch.full_like(chunk.start, reach)
+        key_start = chunk.history - reach
+        _fold(ops, call, k[:, :, None], v[:, :, None], chunk.start, key_start, reaches, partial, window)
+    _fold_chunk(ops, call, chunk.start, partial, window)
+    ops.ring_append(call.k, call.v, chunk.start, layer.k_ring[chunk.rows], layer.v_ring[chunk.rows])
+    return _finish(call, partial)
+
+
+def dense_attention(ops: Any, call: AttentionCall, padding: torch.Tensor, window: int | None) -> torch.Tensor:
+    """Exact causal attention of a forward pass without a cache; `padding` [B] counts leading padding tokens.
+
+    Returns [B, Hq, Q, D] in q's dtype; padding is 0.
+    """
+    partial = _empty_partial(call.q)
+    _fold_chunk(ops, call, (-padding).int(), partial, window)
+    return _finish(call, partial)
+
+
+def warm(ex: "Executor") -> None:
+    """Fill the pools after the prompt: sink, recent and hottest blocks, as many as fit, in one gather per layer."""
+    cache, ops = ex.cache, ex.ops
+    cache.step += 1  # what was claimed during the prompt is older than what is selected now
+    for layer in cache.full.values():
+        selector, policy = ex.selector_of(layer), ex.policy_of(layer)
+        room = min(layer.capacity, layer.max_blocks) - 1
+        if ex.is_streamed(layer) or room < policy.sink_blocks + policy.recent_blocks:
+            continue
+        ws = ex.new_workspace(layer, block_budget=room)
+        hot = room - policy.sink_blocks - policy.recent_blocks if selector.query_aware else 0
+        ops.select(
+            None, layer.heat if hot else None, cache.seq_lens, ws.selected_blocks, ws.num_selected,
+            block_size=cache.block_size, sink_blocks=policy.sink_blocks, recent_blocks=policy.recent_blocks,
+            query_blocks=0, agnostic_blocks=hot, heat_decay=1.0, normalise="none",
+        )  # fmt: skip
+        tables = (
+            layer.slot_of,
+            layer.block_in,
+            layer.last_used,
+            layer.slot_base,
+            layer.slot_count,
+            cache.step,
+        )
+        ops.resolve(
+            ws.selected_blocks, ws.num_selected, cache.seq_lens, cache.host_table,
+            *tables, ws.hit_slots, ws.miss_slots, ws.load_src, ws.load_dst, ws.load_count,
+            torch.zeros_like(layer.counters),  # a warm-up is neither hit nor miss
+            block_size=cache.block_size, sink_blocks=policy.sink_blocks, recent_blocks=policy.recent_blocks,
+        )  # fmt: skip
+        ops.gather(
+            ws.load_src,
+            ws.load_dst,
+            ws.load_count,
+            layer.host_blocks,
+            layer.pool_blocks,
+            layer.traffic_of("warmed"),
+        )
+
+
+def _start_heat(ex: "Executor", layer: FullLayer, call: AttentionCall, chunk: Chunk) -> None:
+    """Set the heat from the chunk's last queries, folded into the group so that one call averages them."""
+    selector, cache = ex.selector_of(layer), ex.cache
+    if not selector.query_aware or ex.is_streamed(layer):
+        return
+    q = call.q[:, :, -HEAT_QUERIES:]
+    rows, _, queries, dim = q.shape
+    folded = q.unflatten(1, (layer.spec.num_kv_heads, -1)).flatten(2, 3).reshape(rows, -1, dim)
+    scores = torch.empty(rows, layer.spec.num_kv_heads, cache.max_blocks, device=q.device)
+    selector.score(
+        ex.reference_ops, folded, layer.summary, cache.host_table[chunk.rows], chunk.lengths, None, None, scores,
+        softmax_scale=call.softmax_scale, block_size=cache.block_size,
+    )  # fmt: skip
+    layer.heat[chunk.rows] = normalised(scores, selector.normalise)
+
+
+def _empty_partial(q: torch.Tensor) -> Partial:
+    out = torch.zeros(q.shape, dtype=torch.float32, device=q.device)
+    return out, torch.full(q.shape[:3], float("-inf"), dtype=torch.float32, device=q.device)
+
+
+def _fold_chunk(
+    ops: Any, call: AttentionCall, start: torch.Tensor, partial: Partial, window: int | None = None
+) -> None:
+    """Fold in the chunk's own keys."""
+    length = torch.full_like(start, call.k.shape[2])
+    _fold(ops, call, call.k[:, :, None], call.v[:, :, None], start, start, length, partial, window)
+
+
+def _fold(
+    ops: Any,
+    call: AttentionCall,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    query_start: torch.Tensor,
+    key_start: torch.Tensor,
+    key_len: torch.Tensor,
+    partial: Partial,
+    window: int | None = None,
+) -> None:
+    """Fold one key segment [B, Hkv, M, C, D] into the partial."""
+    ops.prefill_attention(
+        call.q, k, v, query_start, key_start, key_len, *partial,
+        softmax_scale=call.softmax_scale, soft_cap=call.soft_cap, window=window,
+    )  # fmt: skip
+
+
+def _finish(call: AttentionCall, partial: Partial) -> torch.Tensor:
+    """Apply the sinks and cast: with a sink, a partial's weight shrinks by exp(lse - logaddexp(lse, sink))."""
+    out, lse = partial
+    if call.sinks is not None:
+        total = torch.logaddexp(lse, call.sinks.float()[None, :, None])
+        out = out * torch.exp(lse - total)[..., None]
+    return out.to(call.q.dtype)

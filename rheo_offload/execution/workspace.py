@@ -1,0 +1,107 @@
+"""Buffers of a decode step, allocated once and shared by all layers (layers run one after another)."""
+
+import torch
+
+# Programs that keep a GPU busy: about two per multiprocessor of a large part.
+TARGET_PROGRAMS = 264
+MAX_SPLITS = 32
+
+
+def attention_splits(heads: int, blocks: int, device: torch.device) -> int:
+    """Return into how many parts the blocks of a (row, KV head) are split so that the device is busy."""
+    programs = TARGET_PROGRAMS if device.type == "cuda" else torch.get_num_threads()
+    return max(1, min(-(-programs // heads), MAX_SPLITS, blocks))
+
+
+class DecodeWorkspace:
+    """Scratch for one geometry: rows x KV heads x query heads x head dim, N blocks, S selected.
+
+    `out_parts` holds the partials of the hits first (`hit_splits`), then those of the loaded misses (`miss_splits`).
+    """
+
+    def __init__(
+        self,
+        *,
+        rows: int,
+        num_kv_heads: int,
+        num_q_heads: int,
+        head_dim: int,
+        max_blocks: int,
+        block_budget: int,
+        summary_width: int,
+        device: torch.device,
+    ) -> None:
+        def ints(*shape: int) -> torch.Tensor:
+            return torch.full(shape, -1, dtype=torch.int32, device=device)
+
+        def floats(*shape: int) -> torch.Tensor:
+            return torch.zeros(shape, dtype=torch.float32, device=device)
+
+        self.key = (num_kv_heads, num_q_heads, head_dim, max_blocks, block_budget, summary_width)
+        self.logits = floats(rows, num_q_heads, max_blocks * max(summary_width, 1))
+        self.arrivals = torch.zeros(rows, num_kv_heads, dtype=torch.int32, device=device)
+        self.block_scores = floats(rows, num_kv_heads, max_blocks)
+        self.selected_blocks = ints(rows, num_kv_heads, block_budget)
+        self.num_selected = ints(rows, num_kv_heads)
+        self.hit_slots = ints(rows, num_kv_heads, block_budget)
+        self.miss_slots = ints(rows, num_kv_heads, block_budget)
+        self.load_src = ints(rows * num_kv_heads * block_budget)
+        self.load_dst = ints(rows * num_kv_heads * block_budget)
+        self.load_count = torch.zeros(1, dtype=torch.int32, device=device)
+        heads = rows * num_kv_heads
+        self.hit_splits = attention_splits(heads, block_budget, device)
+        # misses are few: a quarter of the splits is plenty
+        self.miss_splits = max(1, self.hit_splits // 4)
+        parts = self.hit_splits + self.miss_splits
+        self.out_parts = floats(parts, rows, num_q_heads, head_dim)
+        self.lse_parts = floats(parts, rows, num_q_heads)
+        self.lse = floats(rows, num_q_heads)
+
+
+class RingWorkspace:
+    """Which block sits in each slot of a sliding layer's rings, refreshed once per step for all layers of a shape."""
+
+    def __init__(
+        self,
+        *,
+        rows: int,
+        num_kv_heads: int,
+        num_q_heads: int,
+        head_dim: int,
+        ring_blocks: int,
+        device: torch.device,
+    ) -> None:
+        self.slots = torch.arange(rows * num_kv_heads * ring_blocks, dtype=torch.int32, device=device).view(
+            rows, num_kv_heads, ring_blocks
+        )
+        self.index = torch.arange(ring_blocks, dtype=torch.int32, device=device)
+        self.block_ids = torch.full_like(self.slots, -1)
+        self.block_slots = torch.full_like(self.slots, -1)
+        splits = attention_splits(rows * num_kv_heads, ring_blocks, device)
+        self.out_parts = torch.zeros(splits, rows, num_q_heads, head_dim, device=device)
+        self.lse_parts = torch.zeros(splits, rows, num_q_heads, device=device)
+
+    def refresh(self, seq_lens: torch.Tensor, block_size: int) -> None:
+        """Compute the newest block whose number is congruent to each ring slot; -1 where there is none yet."""
+        tail = ((seq_lens - 1) // block_size)[:, None, None]
+        ids = tail - (tail - self.index) % self.index.numel()
+        self.block_ids.copy_(ids.expand_as(self.block_ids))
+        self.block_slots.copy_(torch.where(ids >= 0, self.slots, -1))
+
+
+class RoundsWorkspace:
+    """Dense attention in rounds: which blocks each round stages and where its partial goes."""
+
+    def __init__(self, staging: torch.Tensor, *, num_q_heads: int, head_dim: int, max_blocks: int) -> None:
+        """Args: staging [rows, Hkv, M, E]; M blocks are staged per round."""
+        rows, heads, count, _ = staging.shape
+        device = staging.device
+        self.staging = staging
+        self.slots = torch.arange(rows * heads * count, dtype=torch.int32, device=device).view(
+            rows, heads, count
+        )
+        self.firsts = range(0, max_blocks, count)
+        numbers = torch.arange(count, dtype=torch.int32, device=device).expand(rows, heads, count)
+        self.block_ids = [(first + numbers).contiguous() for first in self.firsts]
+        self.out_parts = torch.zeros(len(self.firsts), rows, num_q_heads, head_dim, device=device)
+        self.lse_parts = torch.zeros(len(self.firsts), rows, num_q_heads, device=device)

@@ -1,0 +1,87 @@
+"""What a run did, in one frozen record: latency, locality, bytes, memory."""
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+MIB = 1 << 20
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Stats:
+    """One run. Ratios are 0..1 and None when nothing was counted; counted where the work happens."""
+
+    prompt_tokens: int
+    """Tokens of all rows that were prefilled or fed through the decode path as prompt."""
+    new_tokens: int
+    decode_steps: int
+    ttft_ms: float | None
+    itl_p50_ms: float | None
+    itl_p95_ms: float | None
+    decode_tps: float | None
+    """New tokens per second over all rows, after the first."""
+    hit_rate: float | None
+    """Selected blocks that were resident, tail excluded."""
+    hit_rate_unforced: float | None
+    """The same without the blocks that are always selected."""
+    selected_blocks: int
+    miss_blocks: int
+    evicted_blocks: int
+    h2d_bytes: int
+    """Misses loaded on demand."""
+    warm_h2d_bytes: int
+    prefill_h2d_bytes: int
+    streamed_h2d_bytes: int
+    """Layers kept dense whose history does not fit the pool."""
+    audit_h2d_bytes: int
+    d2h_bytes: int
+    """Write-through of new keys and values."""
+    captured_mass_mean: float | None
+    captured_mass_min: float | None
+    audited_steps: int
+    device_kv_bytes: int
+    dense_kv_bytes: int
+    """What a dense cache of the same tokens would hold on the device."""
+    host_kv_bytes: int
+    capacity_blocks: int
+    block_budget: int
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the fields as a dictionary."""
+        return asdict(self)
+
+    def table(self) -> str:
+        """Return an aligned two-column table for people."""
+        mass = _share(self.captured_mass_mean)
+        blocks = f"{self.selected_blocks:,} / {self.miss_blocks:,}"
+        rows = [
+            ("prompt tokens", f"{self.prompt_tokens:,}"),
+            ("new tokens", f"{self.new_tokens:,}"),
+            ("decode steps", f"{self.decode_steps:,}"),
+            ("time to first token", _ms(self.ttft_ms)),
+            ("inter-token latency p50 / p95", f"{_ms(self.itl_p50_ms)} / {_ms(self.itl_p95_ms)}"),
+            ("decode rate", "-" if self.decode_tps is None else f"{self.decode_tps:.1f} tok/s"),
+            ("hit rate (without forced blocks)", f"{_share(self.hit_rate)} ({_share(self.hit_rate_unforced)})"),
+            ("captured attention mass, mean / min", f"{mass} / {_share(self.captured_mass_min)}"),
+            ("blocks selected / missed / evicted", f"{blocks} / {self.evicted_blocks:,}"),
+            ("host to device, misses", _mib(self.h2d_bytes)),
+            ("host to device, warm-up / prefill", f"{_mib(self.warm_h2d_bytes)} / {_mib(self.prefill_h2d_bytes)}"),
+            ("host to device, dense layers / audit", f"{_mib(self.streamed_h2d_bytes)} / {_mib(self.audit_h2d_bytes)}"),
+            ("device to host, write-through", _mib(self.d2h_bytes)),
+            ("device KV (a dense cache would hold)", f"{_mib(self.device_kv_bytes)} ({_mib(self.dense_kv_bytes)})"),
+            ("host KV", _mib(self.host_kv_bytes)),
+            ("budget / capacity per KV head", f"{self.block_budget} / {self.capacity_blocks} blocks"),
+        ]  # fmt: skip
+        width = max(len(name) for name, _ in rows)
+        return "\n".join(f"{name:<{width}}  {value}" for name, value in rows)
+
+
+def _ms(value: float | None) -> str:
+    return "-" if value is None else f"{value:,.1f} ms"
+
+
+def _share(value: float | None) -> str:
+    return "-" if value is None else f"{100 * value:.2f} %"
+
+
+def _mib(value: int) -> str:
+    return f"{value / MIB:,.1f} MiB"

@@ -1,0 +1,58 @@
+"""Gather the figures of a run from the places where they were counted."""
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+
+from rheo_offload.cache.device_pool import TRAFFIC
+from rheo_offload.metrics.stats import Stats
+from rheo_offload.model.generation import RunClock
+from rheo_offload.model.hf_cache import RheoCache
+from rheo_offload.types import LayerSpec
+
+
+def collect_stats(cache: RheoCache, specs: Sequence[LayerSpec], clock: RunClock) -> Stats:
+    """Add up a cache's counters. Waits for the device."""
+    ex = cache.executor
+    kv = ex.cache
+    counters = torch.zeros(5, dtype=torch.int64)
+    blocks_read = dict.fromkeys(TRAFFIC, 0)
+    for layer in kv.full.values():
+        counters += layer.counters.sum((0, 1)).cpu()
+        for purpose, blocks in zip(TRAFFIC, layer.traffic.tolist(), strict=True):
+            blocks_read[purpose] += blocks * layer.layout.block_bytes
+    selected, hits, forced, forced_hits, evictions = counters.tolist()
+    masses = list(ex.audit.per_layer().values())
+    gaps = np.diff(clock.times) * 1e3
+    seconds = clock.times[-1] - clock.times[0] if len(clock.times) > 1 else 0.0
+    token_bytes = sum(2 * s.num_kv_heads * s.head_dim for s in specs) * kv.dtype.itemsize
+    offloaded = sum(2 * s.num_kv_heads * s.head_dim for s in specs if not s.is_sliding) * kv.dtype.itemsize
+    return Stats(
+        prompt_tokens=clock.prompt_tokens,
+        new_tokens=len(clock.times) * clock.rows,
+        decode_steps=ex.decode_steps,
+        ttft_ms=(clock.times[0] - clock.started) * 1e3 if clock.times else None,
+        itl_p50_ms=float(np.percentile(gaps, 50)) if len(gaps) else None,
+        itl_p95_ms=float(np.percentile(gaps, 95)) if len(gaps) else None,
+        decode_tps=len(gaps) * clock.rows / seconds if seconds else None,
+        hit_rate=hits / selected if selected else None,
+        hit_rate_unforced=(hits - forced_hits) / (selected - forced) if selected > forced else None,
+        selected_blocks=selected,
+        miss_blocks=selected - hits,
+        evicted_blocks=evictions,
+        h2d_bytes=blocks_read["loaded"],
+        warm_h2d_bytes=blocks_read["warmed"],
+        prefill_h2d_bytes=blocks_read["prefill"],
+        streamed_h2d_bytes=blocks_read["streamed"],
+        audit_h2d_bytes=blocks_read["audited"],
+        d2h_bytes=sum(kv.lengths) * offloaded,
+        captured_mass_mean=float(np.mean([mean for mean, _ in masses])) if masses else None,
+        captured_mass_min=min(low for _, low in masses) if masses else None,
+        audited_steps=ex.audit.steps,
+        device_kv_bytes=kv.device_bytes,
+        dense_kv_bytes=sum(kv.lengths) * token_bytes,
+        host_kv_bytes=kv.host_bytes,
+        capacity_blocks=kv.capacity,
+        block_budget=ex.policy.block_budget,
+    )

@@ -1,0 +1,215 @@
+"""`model.generate` of an offloaded model: our prefill, then transformers' own loop over our cache.
+
+Everything `generate` can do (sampling, processors, stopping criteria, streamers, beams) stays transformers'
+business; it sees a cache that already holds the prompt but for its last `decode_tail_tokens` tokens, which go
+through the decode path.
+"""
+
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from transformers import LogitsProcessor, LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
+
+from rheo_offload.errors import CacheError, NonFiniteError, RheoError
+from rheo_offload.model.prefill import prefill_rows
+
+REFUSED = {
+    "cache_implementation": "an offloaded model has one cache, in host memory",
+    "prefill_chunk_size": "set prefill.chunk_tokens in the configuration instead",
+}
+
+
+class RunClock:
+    """When each token of the last `generate` call was ready, by the host's clock."""
+
+    def __init__(self) -> None:
+        self.started = 0.0
+        self.times: list[float] = []
+        self.prompt_tokens = 0
+        self.rows = 0
+
+    def start(self, prompt_tokens: int, rows: int) -> None:
+        """Begin a run."""
+        self.started, self.times = time.perf_counter(), []
+        self.prompt_tokens, self.rows = prompt_tokens, rows
+
+    def tick(self) -> None:
+        """Note that a token of every row is ready."""
+        self.times.append(time.perf_counter())
+
+
+class _LogitsWatch(LogitsProcessor):
+    """Remembers, on the device, whether any logits so far were unusable."""
+
+    def __init__(self) -> None:
+        self.bad: torch.Tensor | None = None
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        # masked tokens are -inf on purpose; NaN, +inf or a row without any finite logit are not
+        bad = (torch.isnan(scores) | torch.isposinf(scores)).any() | torch.isneginf(scores).all(-1).any()
+        self.bad = bad if self.bad is None else self.bad | bad
+        return scores
+
+
+class _StopWatch(StoppingCriteria):
+    """Notes the time of every token, and stops the loop on bad logits through the flags that the loop reads anyway."""
+
+    def __init__(self, clock: RunClock, logits: _LogitsWatch) -> None:
+        self._clock, self._logits = clock, logits
+
+    def __call__(self, input_ids: torch.Tensor, scores: Any, **kwargs: Any) -> torch.Tensor:
+        self._clock.tick()
+        stop = torch.zeros(input_ids.shape[0], dtype=torch.bool, device=input_ids.device)
+        return stop if self._logits.bad is None else stop | self._logits.bad
+
+
+def rheo_generate(
+    self: Any,
+    inputs: torch.Tensor | None = None,
+    *,
+    past_key_values: Any = None,
+    decode_tail_tokens: int = 1,
+    allow_longer: bool = False,
+    rheo_progress: Callable[[int, int], None] | None = None,
+    **kwargs: Any,
+) -> Any:
+    """Generate as `transformers.GenerationMixin.generate`, with the keys and values in host memory.
+
+    Args:
+        inputs: [B, P] prompt ids (or `input_ids=`), left-padded when the rows differ in length.
+        past_key_values: a cache of this model with an earlier turn; a new one when None.
+        decode_tail_tokens: how many of the prompt's last tokens are fed one by one through the sparse decode path
+            instead of the exact dense prefill; at least 1.
+        allow_longer: go beyond the positions the model was made for.
+        rheo_progress: called with (tokens done, tokens in all) during prefill.
+        kwargs: whatever `generate` takes.
+
+    Raises:
+        CacheError: a foreign cache, or a prompt shorter than what the cache holds.
+        RheoError: too long for the model, or an option that cannot be combined with an offloaded cache.
+        NonFiniteError: the model produced NaN or infinite logits; the message names the step.
+    """
+    handle = self.rheo
+    for name, why in REFUSED.items():
+        if kwargs.get(name) is not None:
+            raise RheoError(f"generate({name}=...) does not work on an offloaded model: {why}")
+    stock = type(self).generate
+    ids = inputs if inputs is not None else kwargs.pop("input_ids", None)
+    if ids is None or kwargs.get("inputs_embeds") is not None:
+        raise RheoError("generate on an offloaded model takes token ids (input_ids), not embeddings")
+    if ids.ndim != 2 or ids.shape[1] == 0:
+        raise RheoError(f"the prompt is empty: input_ids has shape {list(ids.shape)}")
+    if _option(self, kwargs, "use_cache") is False:
+        return stock(self, ids, **kwargs)
+    repeats = max(_option(self, kwargs, "num_return_sequences") or 1, _option(self, kwargs, "num_beams") or 1)
+    length = _final_length(self, kwargs, ids.shape[1])
+    _check_positions(handle.max_positions, length, allow_longer)
+    rows_ids = ids.repeat_interleave(repeats, 0)
+    mask = kwargs.get("attention_mask")
+    if mask is None:
+        mask = _infer_mask(self, kwargs, ids)
+        kwargs["attention_mask"] = mask
+    rows_mask = mask.repeat_interleave(repeats, 0)
+
+    fresh = past_key_values is None
+    cache = handle.new_cache(max_length=length) if fresh else handle.check_cache(past_key_values)
+    prompt_end = max(ids.shape[1] - max(decode_tail_tokens, 1), cache.hf_length)
+    handle.clock.start(int(mask.sum()), rows_ids.shape[0])
+    try:
+        if cache.hf_length >= ids.shape[1]:
+            raise CacheError(f"the cache holds {cache.hf_length} tokens, the prompt only {ids.shape[1]}")
+        if not _is_assisted(self, kwargs):
+            prefill_rows(
+                self,
+                cache,
+                rows_ids[:, :prompt_end],
+                rows_mask[:, :prompt_end],
+                chunk_tokens=handle.config.prefill.chunk_tokens,
+                progress=rheo_progress,
+                repeats=repeats,
+            )
+            _feed_tail(self, cache, rows_ids[:, prompt_end:-1])
+        if length == ids.shape[1]:
+            return ids
+        return _run_stock(self, stock, handle.clock, ids, cache, kwargs)
+    except Exception:
+        if fresh:
+            cache.close()  # nobody else can reach it
+        raise
+
+
+def _is_assisted(model: Any, kwargs: dict[str, Any]) -> bool:
+    """Whether drafts are verified: that loop of transformers wants to read the whole prompt itself, in one piece."""
+    return kwargs.get("assistant_model") is not None or bool(
+        _option(model, kwargs, "prompt_lookup_num_tokens")
+    )
+
+
+def _feed_tail(model: Any, cache: Any, ids: torch.Tensor) -> None:
+    """Feed prompt tokens [B, n] one by one through the decode path."""
+    for i in range(ids.shape[1]):
+        lengths = torch.tensor(cache.executor.cache.lengths, device=ids.device)
+        with torch.no_grad():
+            model(
+                input_ids=ids[:, i : i + 1],
+                position_ids=lengths[:, None],
+                past_key_values=cache,
+                attention_mask=None,
+                use_cache=True,
+                logits_to_keep=1,
+            )
+
+
+def _run_stock(
+    model: Any, stock: Any, clock: RunClock, ids: torch.Tensor, cache: Any, kwargs: dict[str, Any]
+) -> Any:
+    watch = _LogitsWatch()
+    processors = LogitsProcessorList([watch, *(kwargs.pop("logits_processor", None) or [])])
+    criteria = StoppingCriteriaList(
+        [*(kwargs.pop("stopping_criteria", None) or []), _StopWatch(clock, watch)]
+    )
+    out = stock(
+        model, ids, past_key_values=cache, logits_processor=processors, stopping_criteria=criteria, **kwargs
+    )
+    if watch.bad is not None and bool(watch.bad):
+        raise NonFiniteError(
+            f"the model's logits were not finite at new token {len(clock.times)}; generation stopped"
+        )
+    return out
+
+
+def _option(model: Any, kwargs: dict[str, Any], name: str) -> Any:
+    """Return a generation option from the call, its generation_config, or the model's."""
+    if kwargs.get(name) is not None:
+        return kwargs[name]
+    given = kwargs.get("generation_config")
+    value = getattr(given, name, None) if given is not None else None
+    return value if value is not None else getattr(model.generation_config, name, None)
+
+
+def _final_length(model: Any, kwargs: dict[str, Any], prompt: int) -> int:
+    """Return the longest the sequences can get, in tokens."""
+    new = _option(model, kwargs, "max_new_tokens")
+    if new is not None:
+        return prompt + int(new)
+    length = _option(model, kwargs, "max_length")
+    return max(int(length), prompt + 1) if length is not None else prompt + 20
+
+
+def _check_positions(positions: int | None, length: int, allow_longer: bool) -> None:
+    if positions is not None and length > positions and not allow_longer:
+        raise RheoError(
+            f"prompt and new tokens make {length} positions, {length - positions} more than the {positions} this model "
+            "was made for; shorten them, or insist with allow_longer"
+        )
+
+
+def _infer_mask(model: Any, kwargs: dict[str, Any], ids: torch.Tensor) -> torch.Tensor:
+    """Guess the mask as transformers does: leading pad tokens are padding when pad is not also an end token."""
+    pad, eos = _option(model, kwargs, "pad_token_id"), _option(model, kwargs, "eos_token_id")
+    ends = eos if isinstance(eos, list | tuple) else [eos]
+    if pad is None or pad in ends:
+        return torch.ones_like(ids)
+    return ((ids == pad).long().cumprod(1) == 0).long()
