@@ -1,0 +1,1 @@
+"""Benchmarks: `python -m bench decode | gather | plot` (see bench/README.md)."""

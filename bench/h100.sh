@@ -1,0 +1,68 @@
+#!/usr/bin/env bash
+# The GPU evidence of one commit: bench/h100.sh OUT [tests] [gather] [decode16] [sweep] [long] [commit=SHA] [fill=prefill|random]
+#
+# OUT is a folder such as bench/results/2026-11-22-h100; every part writes into a folder of its own below it. Without
+# a part all of them run, each well under 8 minutes. The exit code is 1 when any part failed.
+set -uo pipefail
+cd "$(dirname "$0")/.."
+
+out=${1:?usage: bench/h100.sh OUT [tests|gather|decode16|sweep|long ...] [commit=SHA] [fill=prefill|random]}
+shift
+parts=() commit=() fill=random
+for word in "$@"; do
+    case $word in
+        commit=*) commit=(--commit "${word#commit=}") ;;
+        fill=*) fill=${word#fill=} ;;
+        tests | gather | decode16 | sweep | long) parts+=("$word") ;;
+        *) echo "unknown part: $word" >&2; exit 2 ;;
+    esac
+done
+[[ ${#parts[@]} -gt 0 ]] || parts=(tests gather decode16 sweep long)
+
+limit=470
+model=configs/models/llama-3.1-8b.json
+mkdir -p "$out"
+
+bench() {
+    timeout "$limit" python3 -m bench "$@" ${commit[@]+"${commit[@]}"}
+}
+
+run_tests() {
+    timeout "$limit" python3 -m pytest -q -ra --durations=15 -m "gpu or not gpu" > "$out/pytest.txt" 2>&1
+    local status=$?
+    tail -n 40 "$out/pytest.txt"
+    return $status
+}
+
+run_gather() {
+    bench gather --out "$out/gather"
+}
+
+# Ours against stock in turns on the same weights, then Hugging Face's offloading, whose steps take seconds.
+run_decode16() {
+    bench decode --model "$model" --batch-sizes 16 --contexts 16384 --fill "$fill" --out "$out/decode16" \
+        --baselines stock,no-attention cache.device_memory=floor selection.token_budget=4096 || return 1
+    bench decode --model "$model" --batch-sizes 16 --contexts 16384 --fill "$fill" --out "$out/decode16-hf-offloaded" \
+        --baselines hf-offloaded --steps 4 --warmup 1 cache.device_memory=floor selection.token_budget=4096
+}
+
+run_sweep() {
+    bench decode --model "$model" --batch-sizes 1,4,8,16 --contexts 16384 --fill random --out "$out/sweep" \
+        --baselines stock,no-attention --forced-miss-rates 0,0.05,0.2 \
+        cache.device_memory=floor selection.token_budget=4096
+}
+
+# Peak memory counts here, so the prompt is really read and nothing but ours runs.
+run_long() {
+    bench decode --model "$model" --batch-sizes 1 --contexts 16384,32768,131072 --fill prefill --out "$out/long" \
+        --baselines no-attention cache.device_memory=floor selection.token_budget=4096
+}
+
+failed=0
+for part in "${parts[@]}"; do
+    echo "== $part"
+    start=$SECONDS
+    "run_$part" || { echo "== $part FAILED"; failed=1; }
+    echo "== $part took $((SECONDS - start)) s"
+done
+exit $failed
