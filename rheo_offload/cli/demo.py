@@ -1,0 +1,132 @@
+"""`rheo demo`: a real model finds a fact in a long text while most of its KV cache stays in host memory."""
+
+import argparse
+import sys
+from typing import Any
+
+import torch
+from transformers import TextStreamer
+
+from rheo_offload.cli.options import add_config_options, at_least
+from rheo_offload.config import RheoConfig
+from rheo_offload.errors import RheoError
+from rheo_offload.model.specs import max_positions
+
+SIZES = {False: (8192, 2048), True: (2048, 512)}
+"""--short -> (context tokens, budget tokens); short enough for a CPU, yet four budgets long."""
+
+
+def add_parser(subparsers: Any) -> None:
+    """Add the `demo` verb."""
+    parser = subparsers.add_parser(
+        "demo", help="find a planted fact in a long text, offloaded", description=__doc__
+    )
+    parser.add_argument(
+        "--model",
+        default="gemma3-270m",
+        help="local directory or hub id (default: gemma3-270m, from its Python packages)",
+    )
+    parser.add_argument("--gguf", metavar="FILE", help="GGUF file inside that directory")
+    parser.add_argument("--short", action="store_true", help="2048 tokens of text and a budget of 512")
+    parser.add_argument("--context", type=at_least(256), metavar="N", help="prompt tokens (default: 8192)")
+    parser.add_argument(
+        "--budget",
+        type=at_least(64),
+        metavar="N",
+        help="tokens attended per KV head and step (default: 2048)",
+    )
+    parser.add_argument(
+        "--depth", type=float, default=0.3, help="where the fact stands, 0 to 1 (default: 0.3)"
+    )
+    parser.add_argument("--max-new-tokens", type=at_least(8), default=32, metavar="N", help="default: 32")
+    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
+    parser.add_argument("--dtype", choices=("auto", "float32", "bfloat16", "float16"), default="auto")
+    add_config_options(parser)
+    parser.set_defaults(run=run)
+
+
+def demo_config(args: argparse.Namespace) -> tuple[int, RheoConfig]:
+    """Return the prompt length and the configuration; a pool of 1.5 budgets, so that blocks really move."""
+    context, budget = SIZES[args.short]
+    small = [
+        f"selection.token_budget={args.budget or budget}",
+        "cache.capacity_ratio=1.5",
+        "cache.device_memory=floor",
+        "audit.every=8",
+    ]
+    return args.context or context, RheoConfig.from_yaml(args.config).with_overrides(
+        [*small, *args.overrides]
+    )
+
+
+def run(args: argparse.Namespace) -> int:
+    """Run the demo; return 0, or 1 when the answer is wrong or no block moved."""
+    context, config = demo_config(args)
+    if not 0 <= args.depth <= 1:
+        raise RheoError(f"--depth must be between 0 and 1, not {args.depth}")
+    from rheo_offload import offload
+    from rheo_offload.eval.needle import needle_prompt
+    from rheo_offload.model.loader import load
+
+    model, tokenizer = load(args.model, gguf=args.gguf, dtype=args.dtype, device=args.device)
+    positions = max_positions(model.config)
+    if positions is not None and context + args.max_new_tokens > positions:
+        raise RheoError(
+            f"--context {context} + {args.max_new_tokens} new tokens exceed the model's {positions} positions"
+        )
+    prompt = needle_prompt(tokenizer, context, args.depth)
+    offload(model, config)
+    question = tokenizer.decode(prompt.ids[0, -prompt.question_tokens :])
+    dtype = str(model.dtype).removeprefix("torch.")
+    print(f"{args.model} on {model.device}, {dtype}: {context:,} tokens of text, and in them at depth")
+    print(f'{args.depth} "{question} {prompt.answer}." Each step attends to at most')
+    print(
+        f"{config.selection.token_budget:,} tokens per KV head. The model goes on:\n\n> {question}",
+        end="",
+        flush=True,
+    )
+    continuation = answer(model, tokenizer, prompt, args.max_new_tokens)
+    stats = model.rheo.stats()
+    print(f"\n{stats.table()}\n")
+    problems = problems_of(prompt.found(continuation), prompt.answer, stats)
+    for problem in problems:
+        print(f"rheo demo: {problem}", file=sys.stderr)
+    if not problems:
+        print("The answer is right, and blocks were evicted and loaded again on the way.")
+    return 1 if problems else 0
+
+
+def answer(model: Any, tokenizer: Any, prompt: Any, max_new_tokens: int) -> str:
+    """Stream the continuation to stdout and return it; the question goes through the decode path."""
+    ids = prompt.ids.to(model.device)
+    made = model.generate(
+        input_ids=ids,
+        attention_mask=torch.ones_like(ids),
+        max_new_tokens=max_new_tokens,
+        do_sample=False,
+        streamer=TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True),
+        decode_tail_tokens=prompt.question_tokens,
+        rheo_progress=show_progress,
+    )
+    text: str = tokenizer.decode(made[0, ids.shape[1] :], skip_special_tokens=True)
+    return text
+
+
+def show_progress(done_tokens: int, total_tokens: int) -> None:
+    """Show on stderr how far the prompt is read; nothing when stderr is not a terminal."""
+    if sys.stderr.isatty():
+        end = "\n" if done_tokens >= total_tokens else ""
+        print(f"\rprefill {done_tokens:,} / {total_tokens:,} tokens", end=end, file=sys.stderr, flush=True)
+
+
+def problems_of(found: bool, code: str, stats: Any) -> list[str]:
+    """Return what went wrong, one sentence each."""
+    problems = []
+    if not found:
+        problems.append(f"the answer is wrong: the text says {code}")
+    if stats.evicted_blocks == 0 or stats.miss_blocks == 0:
+        problems.append(
+            f"nothing was offloaded in earnest: {stats.evicted_blocks} blocks evicted, {stats.miss_blocks} "
+            "loaded again; use a longer --context or a smaller --budget"
+        )
+    return problems

@@ -1,0 +1,43 @@
+"""Command-line options that several verbs share."""
+
+import argparse
+from collections.abc import Callable
+
+from rheo_offload.config import RheoConfig, packaged_names
+
+
+def add_config_options(parser: argparse.ArgumentParser) -> None:
+    """Add `--config` and the trailing `group.key=value` overrides."""
+    parser.add_argument(
+        "--config",
+        default="default",
+        metavar="FILE",
+        help=f"YAML file, or one of {', '.join(packaged_names())} (default: default)",
+    )
+    parser.add_argument(
+        "overrides",
+        nargs="*",
+        metavar="group.key=value",
+        help="configuration overrides, for example selection.token_budget=2048",
+    )
+
+
+def config_from(args: argparse.Namespace) -> RheoConfig:
+    """Return the configuration that `add_config_options` parsed.
+
+    Raises:
+        ConfigError: the file or an override is refused.
+    """
+    return RheoConfig.from_yaml(args.config).with_overrides(args.overrides)
+
+
+def at_least(minimum: int) -> Callable[[str], int]:
+    """Return an argparse type: an integer that is at least `minimum`."""
+
+    def integer(text: str) -> int:
+        value = int(text)
+        if value < minimum:
+            raise argparse.ArgumentTypeError(f"must be at least {minimum}, not {value}")
+        return value
+
+    return integer

@@ -1,0 +1,221 @@
+"""The demo and the needle evaluation on a tiny random model: what they build, report, refuse and return."""
+
+import argparse
+import csv
+import json
+from types import SimpleNamespace
+
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from rheo_offload.cli import demo
+from rheo_offload.cli.main import main
+from rheo_offload.config import ConfigError
+from rheo_offload.errors import RheoError
+from rheo_offload.eval import needle
+from rheo_offload.eval.needle import NeedlePrompt, dense_tokens, evaluate, method_config, needle_prompt
+from rheo_offload.eval.texts import prose_paragraphs
+from rheo_offload.model.gguf_tokenizer import load_gguf_tokenizer
+from tests.helpers.spm import TOKENS, write_gguf
+
+
+@pytest.fixture(scope="module")
+def model_dir(tmp_path_factory):
+    """A random two-layer Llama with a tokenizer that spells most characters out as bytes."""
+    directory = tmp_path_factory.mktemp("model")
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=len(TOKENS),
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=16,
+        max_position_embeddings=2048,
+        bos_token_id=2,
+        eos_token_id=None,
+        pad_token_id=0,
+        initializer_range=0.6,
+    )
+    LlamaForCausalLM(config).save_pretrained(directory)
+    load_gguf_tokenizer(write_gguf(directory / "tiny.gguf")).save_pretrained(directory)
+    (directory / "tiny.gguf").unlink()
+    return directory
+
+
+@pytest.fixture(scope="module")
+def tokenizer(model_dir):
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(model_dir)
+
+
+def run_demo(model_dir, *more: str) -> int:
+    small = ["--context", "640", "--budget", "64", "--max-new-tokens", "8", "cache.block_size=16"]
+    return main(["demo", "--model", str(model_dir), "--device", "cpu", *small, *more])
+
+
+# ---- text and prompt
+
+
+def test_the_text_is_long_prose_without_repetition():
+    paragraphs = prose_paragraphs()
+    assert sum(map(len, paragraphs)) > 150_000
+    assert len(set(paragraphs)) == len(paragraphs)
+    assert all("\n" not in p and ">>>" not in p and p[-1] in ".:" for p in paragraphs)
+    assert not any(needle.VAULT in p for p in paragraphs)
+
+
+@pytest.mark.parametrize("depth", [0.0, 0.3, 0.9, 1.0])
+@pytest.mark.parametrize("length", [200, 1024])
+def test_prompt(tokenizer, length, depth):
+    prompt = needle_prompt(tokenizer, length, depth)
+    text = tokenizer.decode(prompt.ids[0])
+    fact = "The access code of vault Zephyr-9 is"
+    assert prompt.ids.shape == (1, length) and prompt.ids[0, 0] == tokenizer.bos_token_id
+    assert text.count(prompt.answer) == 1 and text.count(f"{fact} {prompt.answer}.\n\n") == 1
+    assert text.endswith(f"\n\n{fact}")
+    assert tokenizer.decode(prompt.ids[0, -prompt.question_tokens :]) == fact
+    before = tokenizer(text[: text.index(fact)], add_special_tokens=False)["input_ids"]
+    assert len(before) <= depth * length + 1
+    assert text[: text.index(fact)].removeprefix("<s>").endswith("\n\n") or len(before) <= 1
+
+
+def test_prompt_refuses(tokenizer):
+    with pytest.raises(ValueError, match="depth"):
+        needle_prompt(tokenizer, 512, 1.5)
+    with pytest.raises(RheoError, match="too few"):
+        needle_prompt(tokenizer, 10_000_000, 0.5)
+    with pytest.raises(RheoError, match="no room"):
+        needle_prompt(tokenizer, 20, 0.5)
+
+
+def test_found_looks_at_the_beginning():
+    prompt = NeedlePrompt(ids=torch.zeros(1, 1), answer="84894", question_tokens=1)
+    assert prompt.found(" 84894.\n\n") and prompt.found("84894")
+    assert not prompt.found(" 84899.") and not prompt.found(" not 84894")
+
+
+def test_dense_tokens_are_those_of_generate(model_dir, tokenizer):
+    model = LlamaForCausalLM.from_pretrained(model_dir).eval()
+    ids = needle_prompt(tokenizer, 200, 0.5).ids
+    want = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=6, do_sample=False)
+    assert dense_tokens(model, ids, max_new_tokens=6, chunk_tokens=64) == want[0, 200:].tolist()
+
+
+# ---- the evaluation
+
+
+def test_every_method_gets_the_same_budget_and_pool():
+    for method in needle.CONFIG_OF:
+        config = method_config(method, 2048)
+        assert config.selection.method == method
+        assert (config.selection.token_budget, config.selection.recent_blocks) == (2048, "auto")
+        assert (config.cache.capacity_ratio, config.cache.device_memory) == (1.5, "floor")
+    with pytest.raises(ConfigError):
+        method_config("quest", 2048, ["cache.nonsense=1"])
+
+
+def test_evaluation_writes_every_row(model_dir, tmp_path, capsys):
+    argv = ["--model", str(model_dir), "--device", "cpu", "--contexts", "512,640", "--depths", "0.2,0.8"]
+    argv += ["--methods", "dense,mean_key,streaming", "--budget", "64", "--out", str(tmp_path)]
+    assert needle.main([*argv, "cache.block_size=16"]) == 0
+    with (tmp_path / "rows.csv").open(encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    assert [(r["method"], r["context_len_tokens"], r["depth"]) for r in rows] == [
+        (m, n, d) for m in ("dense", "mean_key", "streaming") for n in ("512", "640") for d in ("0.2", "0.8")
+    ]
+    for row in rows:
+        dense = row["method"] == "dense"
+        assert (row["hit_rate"] == "") == (row["h2d_bytes"] == "") == (row["token_budget"] == "") == dense
+        assert row["found"] in ("True", "False")
+    scored = [r for r in rows if r["method"] == "mean_key"]
+    assert all(int(r["miss_blocks"]) > 0 and 0 < float(r["captured_mass_mean"]) < 1 for r in scored)
+    env = json.loads((tmp_path / "env.json").read_text())
+    assert env["versions"]["torch"] and env["configs"]["mean_key"]["selection"]["token_budget"] == 64
+    assert "--contexts 512,640" in env["command"]
+    assert len(capsys.readouterr().out.splitlines()) == len(rows)
+
+
+def test_evaluation_with_a_full_budget_answers_as_the_dense_model(model_dir, tokenizer):
+    model = LlamaForCausalLM.from_pretrained(model_dir).eval()
+    rows = evaluate(
+        model,
+        tokenizer,
+        name="tiny",
+        contexts=[300],
+        depths=[0.5],
+        methods=["dense", "mean_key"],
+        token_budget=512,
+        overrides=["cache.block_size=16"],
+    )
+    dense, full = rows
+    assert full.continuation == dense.continuation
+    assert not hasattr(model, "rheo"), "the model was left offloaded"
+
+
+def test_evaluation_refuses_unknown_methods(tmp_path):
+    with pytest.raises(SystemExit):
+        needle.main(["--methods", "dense,guess", "--out", str(tmp_path)])
+
+
+# ---- the demo
+
+
+def test_wrong_answer_fails(model_dir, capsys):
+    assert run_demo(model_dir) == 1
+    shown = capsys.readouterr()
+    assert "the answer is wrong: the text says 84894" in shown.err
+    assert "hit rate" in shown.out and "prompt tokens" in shown.out and "640" in shown.out
+
+
+def test_right_answer_passes(model_dir, capsys, monkeypatch):
+    monkeypatch.setattr(NeedlePrompt, "found", lambda self, text: True)
+    assert run_demo(model_dir) == 0
+    shown = capsys.readouterr()
+    assert "The answer is right" in shown.out and "The access code of vault Zephyr-9 is" in shown.out
+    assert "wrong" not in shown.err
+
+
+def test_a_budget_that_holds_everything_fails(model_dir, capsys, monkeypatch):
+    monkeypatch.setattr(NeedlePrompt, "found", lambda self, text: True)
+    assert run_demo(model_dir, "selection.token_budget=1024") == 1
+    assert "0 blocks evicted, 0 loaded again" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("evicted", "missed"), [(0, 3), (3, 0), (0, 0)])
+def test_problems(evicted, missed):
+    stats = SimpleNamespace(evicted_blocks=evicted, miss_blocks=missed)
+    assert len(demo.problems_of(True, "1", stats)) == 1
+    assert len(demo.problems_of(False, "1", stats)) == 2
+    assert demo.problems_of(True, "1", SimpleNamespace(evicted_blocks=1, miss_blocks=1)) == []
+
+
+def arguments(*argv: str) -> argparse.Namespace:
+    parser = argparse.ArgumentParser()
+    demo.add_parser(parser.add_subparsers())
+    return parser.parse_args(["demo", *argv])
+
+
+def test_sizes_and_overrides():
+    context, config = demo.demo_config(arguments())
+    assert (context, config.selection.token_budget, config.cache.capacity_ratio) == (8192, 2048, 1.5)
+    assert config.cache.device_memory == "floor"
+    context, config = demo.demo_config(arguments("--short"))
+    assert context == 2048 and config.selection.token_budget < 1024
+    context, config = demo.demo_config(arguments("--short", "--context", "4096", "--budget", "1024"))
+    assert (context, config.selection.token_budget) == (4096, 1024)
+    _, config = demo.demo_config(arguments("selection.token_budget=256"))
+    assert config.selection.token_budget == 256
+
+
+def test_refusals_are_one_line(model_dir, capsys):
+    assert run_demo(model_dir, "--depth", "2") == 2
+    assert run_demo(model_dir, "--context", "2045") == 2
+    assert main(["demo", "--model", "./nowhere"]) == 2
+    errors = capsys.readouterr().err.splitlines()
+    assert [line.startswith("rheo: ") for line in errors if line.startswith("rheo")] == [True] * 3
+    assert any("2048 positions" in line for line in errors)
+    assert any("no model directory ./nowhere" in line for line in errors)
