@@ -132,10 +132,10 @@ def attend_kernel(
                 online_softmax(x, lo, hi, top, total, acc, soft_cap)
                 add_values(v_pool, slot * v_stride, lo, hi, x, rows, acc, code)
         for g in range(G):
-            inverse = np.float32(1) / total[g] if total[g] > 0 else np.float32(0)
+            inverse = np.float32(1) / total[g] if total[g] != 0 else np.float32(0)
             for d in range(head_dim):
                 out[t, b, h * G + g, d] = acc[g, d] * inverse
-            lse[t, b, h * G + g] = top[g] + math.log(total[g]) if total[g] > 0 else -np.inf
+            lse[t, b, h * G + g] = top[g] + math.log(total[g]) if total[g] != 0 else -np.inf
 
 
 def attend(

@@ -54,15 +54,15 @@ def merge_kernel(parts, lse_parts, sinks, sink_code, out, out_code, lse):
         total = np.float32(0)
         acc = np.zeros(head_dim, np.float32)
         for t in range(num_parts):
-            if lse_parts[t, b, h] > -np.inf:
+            if lse_parts[t, b, h] != -np.inf:  # NaN is no empty part: it must reach the result
                 w = np.float32(math.exp(lse_parts[t, b, h] - top))
                 total += w
                 for d in range(head_dim):
                     acc[d] += w * parts[t, b, h, d]
         if lse.size > 0:
-            lse[b, h] = top + math.log(total) if total > 0 else -np.inf
+            lse[b, h] = top + math.log(total) if total != 0 else -np.inf
         scale = np.float32(0)
-        if total > 0:
+        if total != 0:
             scale = np.float32(1) / total
             if sinks.size > 0:
                 sink = decode(sinks[h], sink_code)

@@ -92,7 +92,7 @@ def attend_kernel(
             b_o = tl.dot(b_p.to(b_v.dtype), b_v, b_o * b_decay[:, None], input_precision="ieee")
             b_m = b_max
 
-    m_any = b_l > 0
+    m_any = b_l != 0  # NaN among the keys counts, and must reach the result
     b_l = tl.where(m_any, b_l, 1.0)
     b_o = b_o / b_l[:, None]
     b_lse = tl.where(m_any, (b_m + tl.log2(b_l)) * LN2, float("-inf"))
@@ -104,9 +104,9 @@ def attend_kernel(
 
 def shared_bytes(device: torch.device) -> int:
     """Shared memory that one program may use; 0 on the CPU, where it does not matter."""
-    return (
-        0 if device.type == "cpu" else torch.cuda.get_device_properties(device).shared_memory_per_block_optin
-    )
+    if device.type == "cpu":
+        return 0
+    return torch.cuda.get_device_properties(device).shared_memory_per_block_optin  # type: ignore[attr-defined]
 
 
 def attend(

@@ -31,7 +31,7 @@ def merge_kernel(
     for i_t in range(0, num_parts, BLOCK_T):
         o_t = (i_t + tl.arange(0, BLOCK_T)).to(tl.int64)
         b_x = tl.load(p_lse_parts + o_t * stride_lt, mask=o_t < num_parts, other=float("-inf"))
-        m_t = b_x > float("-inf")
+        m_t = b_x != float("-inf")  # NaN is no empty part: it must reach the result
         p_tile = p_parts + o_t[:, None] * stride_pt + o_d[None, :]
         b_part = tl.load(p_tile, mask=m_t[:, None] & (o_d[None, :] < D), other=0.0)
         m_new = tl.maximum(m, tl.max(b_x, 0))
@@ -43,8 +43,8 @@ def merge_kernel(
         m = m_new
 
     if HAS_LSE:
-        safe = tl.where(total > 0, total, 1.0)
-        lse = tl.where(total > 0, m + tl.log(safe), float("-inf"))
+        safe = tl.where(total != 0, total, 1.0)
+        lse = tl.where(total != 0, m + tl.log(safe), float("-inf"))
         tl.store(p_lse + i_b * stride_sb + i_h * stride_sh, lse)
     if HAS_SINK:
         sink = tl.load(p_sinks + i_h).to(tl.float32)
@@ -52,7 +52,7 @@ def merge_kernel(
         decay = tl.exp(m - m_new)
         total = total * decay + tl.exp(sink - m_new)
         b_o = b_o * decay
-    b_o = b_o / tl.where(total > 0, total, 1.0)
+    b_o = b_o / tl.where(total != 0, total, 1.0)
     tl.store(p_out + i_b * stride_ob + i_h * stride_oh + o_d, b_o.to(p_out.dtype.element_ty), mask=o_d < D)
 
 

@@ -65,7 +65,8 @@ def fold_keys(
     return b_o, b_l, b_m
 
 
-@triton.jit
+# Chunk lengths vary: what depends on them is not compiled in.
+@triton.jit(do_not_specialize=["num_queries", "stride_lb", "stride_lh"])
 def prefill_attention_kernel(
     p_q, p_k, p_v, p_query_start, p_key_start, p_key_len, p_out, p_lse, num_queries, scale, soft_cap, window,
     stride_qb, stride_qh, stride_qt, stride_kb, stride_kh, stride_km, stride_kt,
@@ -116,7 +117,7 @@ def prefill_attention_kernel(
     p_l = p_lse + i_b * stride_lb + i_h * stride_lh + o_q.to(tl.int64) * stride_lt
     p_o = p_out + i_b * stride_ob + i_h * stride_oh + o_q.to(tl.int64)[:, None] * stride_ot + o_d[None, :]
     b_m = tl.load(p_l, mask=m_q, other=float("-inf")) * LOG2E
-    b_l = (b_m > float("-inf")).to(tl.float32)
+    b_l = (b_m != float("-inf")).to(tl.float32)  # NaN included: it must reach the result
     b_o = tl.load(p_o, mask=m_qd & (b_l > 0)[:, None], other=0.0)
     b_o, b_l, b_m = fold_keys(
         b_o, b_l, b_m, b_q, p_k, p_v, o_pos, key_start, key_len, lo, full_lo, scale, soft_cap, window,
@@ -134,7 +135,7 @@ def prefill_attention_kernel(
         D, KEY_BLOCK, BLOCK_N, BLOCK_D, True, HAS_CAP, HAS_WINDOW, UPCAST_DOT,
     )  # fmt: skip
 
-    b_l = tl.where(b_l > 0, b_l, 1.0)
+    b_l = tl.where(b_l != 0, b_l, 1.0)
     tl.store(p_o, b_o / b_l[:, None], mask=m_qd)
     tl.store(p_l, (b_m + tl.log2(b_l)) * LN2, mask=m_q)
 

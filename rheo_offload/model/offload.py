@@ -49,11 +49,12 @@ class RheoHandle:
         self._store: HostStore | None = None
         self._caches: weakref.WeakSet[RheoCache] = weakref.WeakSet()
         self._last: RheoCache | None = None
-        selected = [i for i in config.selection.dense_layers if i >= len(self.specs)]
-        if selected:
-            raise ConfigError(
-                f"selection.dense_layers names layers {selected}; the model has {len(self.specs)}"
-            )
+        beyond = [i for i in config.selection.dense_layers if i >= len(self.specs)]
+        if beyond:
+            raise ConfigError(f"selection.dense_layers names layers {beyond}; the model has {len(self.specs)}")
+        if config.selection.params:
+            names = ", ".join(sorted(config.selection.params))
+            raise ConfigError(f"selection.params: method {config.selection.method!r} takes none, not {names}")
 
     @property
     def model(self) -> PreTrainedModel:

@@ -107,3 +107,14 @@ def test_large_logits_stay_finite(fn, device):
     args = list(inputs(1, 1, 2, 64, 16, 3, [45], FP32, absent=0))
     args[0] = args[0] * 100
     check(fn, device, args, 1, FP32, softmax_scale=1.0, soft_cap=None, window=None)
+
+
+@pytest.mark.parametrize("what", ["key", "value"])
+@pytest.mark.parametrize(("fn", "device"), homes("attend"))
+def test_nan_among_the_keys_reaches_the_result(fn, device, what):
+    """A model that went wrong must be seen to be wrong: NaN is not an absent block."""
+    q, k, v, ids, slots, lens = inputs(1, 1, 2, 64, 16, 3, [45], FP32, absent=0)
+    (k if what == "key" else v)[slots[0, 0, 1].long()] = torch.nan
+    out, lse = run(fn, device, (q, k, v, ids, slots, lens), 1, softmax_scale=1.0, soft_cap=None, window=None)
+    assert torch.isnan(out).all()
+    assert torch.isnan(lse).all() == (what == "key")

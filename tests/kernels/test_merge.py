@@ -85,3 +85,12 @@ def test_split_keys_equal_the_whole():
     whole = attention(slice(0, 9))
     assert_close(out[0], whole[0], None, torch.float64)
     assert_close(lse[0], whole[1], None, torch.float64)
+
+
+@pytest.mark.parametrize(("fn", "device"), homes("merge"))
+def test_nan_part_reaches_the_result(fn, device):
+    parts, lses = torch.randn(3, 1, 2, 64), torch.randn(3, 1, 2)
+    parts[1, 0, 0], lses[1, 0, 0] = torch.nan, torch.nan
+    out, lse = run(fn, device, parts, lses, None, FP32)
+    assert torch.isnan(out[0, 0]).all() and torch.isnan(lse[0, 0])
+    assert torch.isfinite(out[0, 1]).all()

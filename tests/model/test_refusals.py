@@ -87,6 +87,11 @@ def test_dense_layers_beyond_the_model():
     assert "rheo" not in model.__dict__
 
 
+def test_method_parameters_nobody_reads_are_refused():
+    with pytest.raises(ConfigError, match="takes none, not window"):
+        offload(tiny_model("llama"), RheoConfig.from_dict({"selection": {"params": {"window": 3}}}))
+
+
 @pytest.mark.parametrize("family", ["gemma2", "gpt_oss", "gemma3"])
 def test_self_test_finds_what_is_left_out(family, monkeypatch):
     """Mutants: without soft cap, without sinks, without window. Each must be found at attach."""
