@@ -77,3 +77,22 @@ def encode_bf16(x):
     if (u & np.uint32(0x7FFFFFFF)) > np.uint32(0x7F800000):
         return np.uint16(0x7FC0)
     return np.uint16((u + np.uint32(0x7FFF) + ((u >> np.uint32(16)) & np.uint32(1))) >> np.uint32(16))
+
+
+@nb.njit(inline="always")
+def encode_fp16(x):
+    """float32 -> fp16 bits, round to nearest even."""
+    u = _float_to_bits(np.float32(x))
+    sign, magnitude = (u >> np.uint32(16)) & np.uint32(0x8000), u & np.uint32(0x7FFFFFFF)
+    if magnitude > np.uint32(0x7F800000):
+        return np.uint16(0x7E00)
+    if magnitude >= np.uint32(0x477FF000):  # 65520 and more round to infinity
+        return np.uint16(sign | np.uint32(0x7C00))
+    if magnitude < np.uint32(0x38800000):  # subnormal: adding 0.5 leaves its bits, rounded, at the bottom
+        return np.uint16(
+            sign | (_float_to_bits(np.abs(np.float32(x)) + np.float32(0.5)) - np.uint32(0x3F000000))
+        )
+    rounded = (
+        magnitude + np.uint32(0xFFF) + ((magnitude >> np.uint32(13)) & np.uint32(1)) - np.uint32(0x38000000)
+    )
+    return np.uint16(sign | (rounded >> np.uint32(13)))

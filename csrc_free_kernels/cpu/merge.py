@@ -10,35 +10,16 @@ from csrc_free_kernels.cpu.bits import (
     BF16,
     FASTMATH,
     FP32,
-    _float_to_bits,
     as_numpy,
     code_of,
     decode,
     encode_bf16,
+    encode_fp16,
 )
 
 # what an absent tensor is passed as
 NO_SINKS = np.zeros(0, np.float32)
 NO_LSE = np.zeros((0, 0), np.float32)
-
-
-@nb.njit(inline="always")
-def encode_fp16(x):
-    """float32 -> fp16 bits, round to nearest even."""
-    u = _float_to_bits(np.float32(x))
-    sign, magnitude = (u >> np.uint32(16)) & np.uint32(0x8000), u & np.uint32(0x7FFFFFFF)
-    if magnitude > np.uint32(0x7F800000):
-        return np.uint16(0x7E00)
-    if magnitude >= np.uint32(0x477FF000):  # 65520 and more round to infinity
-        return np.uint16(sign | np.uint32(0x7C00))
-    if magnitude < np.uint32(0x38800000):  # subnormal: adding 0.5 leaves its bits, rounded, at the bottom
-        return np.uint16(
-            sign | (_float_to_bits(np.abs(np.float32(x)) + np.float32(0.5)) - np.uint32(0x3F000000))
-        )
-    rounded = (
-        magnitude + np.uint32(0xFFF) + ((magnitude >> np.uint32(13)) & np.uint32(1)) - np.uint32(0x38000000)
-    )
-    return np.uint16(sign | (rounded >> np.uint32(13)))
 
 
 # One iteration: a (row, query head). parts [T, B, Hq, D]; lse_parts [T, B, Hq]; sinks [Hq] or [0];

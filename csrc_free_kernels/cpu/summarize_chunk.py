@@ -6,8 +6,16 @@ import numba as nb
 import numpy as np
 from torch import Tensor
 
-from csrc_free_kernels.cpu.bits import BF16, FASTMATH, FP32, as_numpy, code_of, decode, encode_bf16
-from csrc_free_kernels.cpu.merge import encode_fp16
+from csrc_free_kernels.cpu.bits import (
+    BF16,
+    FASTMATH,
+    FP32,
+    as_numpy,
+    code_of,
+    decode,
+    encode_bf16,
+    encode_fp16,
+)
 
 NONE, MEAN, MINMAX = 0, 1, 2
 KINDS = {"none": NONE, "mean": MEAN, "minmax": MINMAX}

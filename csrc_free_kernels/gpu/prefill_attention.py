@@ -150,7 +150,7 @@ def tiles(block_d: int, item_bytes: int, num_queries: int, shared_bytes: int) ->
         shared_bytes: shared memory that one program may use.
     """
     if item_bytes == 4:  # no tensor cores: fp32 dots keep whole operands in registers, more rows would spill
-        return 16 if block_d == 256 else 32, 32, 8, 2
+        return 16, 32, 8, 2
     block_q, block_n, num_warps, num_stages = 128, 64, 8, 3
     if block_d == 256:
         if shared_bytes > 200_000:

@@ -51,7 +51,9 @@ class RheoHandle:
         self._last: RheoCache | None = None
         beyond = [i for i in config.selection.dense_layers if i >= len(self.specs)]
         if beyond:
-            raise ConfigError(f"selection.dense_layers names layers {beyond}; the model has {len(self.specs)}")
+            raise ConfigError(
+                f"selection.dense_layers names layers {beyond}; the model has {len(self.specs)}"
+            )
         if config.selection.params:
             names = ", ".join(sorted(config.selection.params))
             raise ConfigError(f"selection.params: method {config.selection.method!r} takes none, not {names}")

@@ -4,8 +4,8 @@ import random
 
 import pytest
 import torch
-from rheo_offload import CacheError, offload
 
+from rheo_offload import CacheError, offload
 from tests.helpers.homes import DEVICE
 from tests.helpers.tiny_model import tiny_model
 from tests.test_end_to_end import sparse_config
@@ -70,7 +70,7 @@ def test_random_schedule_keeps_the_tables_consistent(seed):
 
 
 def test_forks_share_closed_pages_and_copy_the_open_one():
-    """1. Rows 1 and 2 become row 0. 2. Two closed pages are shared. 3. Each has its own open page. 4. Closing frees all."""
+    """Rows 1 and 2 become row 0: two closed pages are shared, each has its own open page, closing frees all."""
     model = offload(tiny_model("llama", device=DEVICE), sparse_config())
     cache = fresh(model, tokens=40)
     kv = cache.executor.cache

@@ -1,9 +1,9 @@
-"""Nobody reads a loaded block before the step has waited for it: a gather that only happens at `wait` changes nothing."""
+"""Nobody reads a loaded block before the step has waited for it: a gather done only at `wait` changes nothing."""
 
 import pytest
 import torch
-from rheo_offload import offload
 
+from rheo_offload import offload
 from tests.helpers.homes import DEVICE
 from tests.helpers.tiny_model import tiny_model
 from tests.test_end_to_end import greedy, prompt, sparse_config
@@ -58,5 +58,7 @@ def test_without_the_wait_the_test_would_fail():
     cache.executor.gather = late
     cache.executor.cache.drop_blocks()
     with torch.no_grad():
-        logits = model(ids[:, -1:], position_ids=torch.tensor([[299]], device=DEVICE), past_key_values=cache).logits
+        logits = model(
+            ids[:, -1:], position_ids=torch.tensor([[299]], device=DEVICE), past_key_values=cache
+        ).logits
     assert torch.isnan(logits).any()

@@ -153,10 +153,11 @@ class FakePackage:
     def verify_chunks(self) -> None: ...
 
     def assemble(self, path: Path, overwrite: bool) -> Path:
-        if self.damaged:
-            raise ValueError("sha256 did not match")
         path.parent.mkdir(parents=True)
         self.assembled += 1
+        if self.damaged:
+            path.write_bytes(b"half a model")
+            raise ValueError("sha256 did not match")
         return write_gguf(path)
 
 
@@ -178,4 +179,4 @@ def test_damaged_package_leaves_nothing_behind(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, loader._PACKAGE, package)
     with pytest.raises(RheoError, match="install them again"):
         prepare_packaged_model(tmp_path / "models")
-    assert not (tmp_path / "models").exists() or list((tmp_path / "models").iterdir()) == []
+    assert list((tmp_path / "models").iterdir()) == []
