@@ -42,7 +42,8 @@ def test_json_is_one_object_and_progress_stays_on_stderr(monkeypatch, capsys):
     found = json.loads(out)
     assert set(found) == {"versions", "device", "host", "figures", "verdict"}
     assert found["versions"]["rheo-offload"] == __version__
-    assert found["versions"]["torch"] == torch.__version__
+    # the wheel's metadata may leave out the build ("+cu130")
+    assert found["versions"]["torch"].split("+")[0] == torch.__version__.split("+")[0]
     assert found["host"]["cores"] >= 1
     assert found["host"]["auto_budget_bytes"] <= 0.8 * found["host"]["total_bytes"]
     for each in found["figures"]:

@@ -4,7 +4,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
-from gguf import GGUFWriter
+import pytest
+
+# an extra of the package: modules that import this helper are skipped without it
+GGUFWriter = pytest.importorskip("gguf", reason="needs the [gguf] extra").GGUFWriter
 
 SPACE = "\u2581"
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, BYTE = 1, 2, 3, 4, 6

@@ -5,7 +5,12 @@ from transformers import AttentionInterface, AttentionMaskInterface, DynamicCach
 from transformers.cache_utils import Cache, CacheLayerMixin
 
 from tests.helpers.tiny_model import tiny_model
-from tests.model.test_families import batch
+from tests.model import test_families
+
+
+def batch(lengths):
+    """Ragged prompts on the CPU, where these models are."""
+    return tuple(t.cpu() for t in test_families.batch(lengths))
 
 
 def capture(model, ids, **kwargs):
