@@ -12,6 +12,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from rheo_offload.errors import CacheError, UnsupportedModelError
 from rheo_offload.execution.prefill import dense_attention
 from rheo_offload.model.hf_cache import TAG
+from rheo_offload.model.padding import left_padding
 from rheo_offload.ops import kernels_for
 from rheo_offload.types import AttentionCall
 
@@ -114,28 +115,14 @@ def rheo_attention(
         cache, layer_idx = source
         out = cache.attend(layer_idx, call, attention_mask)
     elif key.shape[2] == query.shape[2]:
-        out = dense_attention(
-            kernels_for(query.device), call, _padding(attention_mask, query), sliding_window
-        )
+        mask = query.new_ones(query.shape[0], 1) if attention_mask is None else attention_mask
+        out = dense_attention(kernels_for(query.device), call, left_padding(mask), sliding_window)
     else:
         raise CacheError(
             f"{type(module).__name__}: the cache passed to this model is not one of ours; leave past_key_values out of "
             "generate, or pass model.rheo.new_cache()"
         )
     return out.transpose(1, 2).contiguous(), None
-
-
-def _padding(mask: torch.Tensor | None, query: torch.Tensor) -> torch.Tensor:
-    """Return the leading zeros of each row [B]; a mask with other zeros is refused."""
-    if mask is None:
-        return torch.zeros(query.shape[0], dtype=torch.int32, device=query.device)
-    zeros = ~mask.bool()
-    padding = zeros.long().cumprod(1).sum(1)
-    if int(zeros.sum()) != int(padding.sum()):
-        raise CacheError(
-            "attention_mask has zeros after the first token of a row: only left padding is supported"
-        )
-    return padding.int()
 
 
 def _refuse(

@@ -13,6 +13,7 @@ from transformers.cache_utils import Cache, CacheLayerMixin
 
 from rheo_offload.errors import CacheError
 from rheo_offload.execution.executor import Executor
+from rheo_offload.model.padding import left_padding
 from rheo_offload.types import AttentionCall, LayerSpec
 
 TAG = "_rheo_source"
@@ -161,12 +162,7 @@ class RheoCache(Cache):
         else:
             if mask.shape != (batch, total):
                 raise CacheError(f"attention_mask must be [{batch}, {total}], not {list(mask.shape)}")
-            ones = mask.bool()
-            found = (~ones).long().cumprod(1).sum(1).tolist()
-            if int(ones.sum()) != batch * total - sum(found):
-                raise CacheError(
-                    "attention_mask has zeros after the first token of a row: only left padding is supported"
-                )
+            found = left_padding(mask).tolist()
         for row, (old, new) in enumerate(zip(self.padding, found, strict=True)):
             if self.executor.cache.lengths[row] and old != new:
                 raise CacheError(

@@ -9,6 +9,7 @@ from transformers import PreTrainedModel
 from rheo_offload.errors import CacheError
 from rheo_offload.execution.executor import Executor
 from rheo_offload.model.hf_cache import RheoCache
+from rheo_offload.model.padding import left_padding
 
 
 def prefill_rows(
@@ -35,7 +36,9 @@ def prefill_rows(
         repeats: every `repeats` neighbouring rows are the same prompt: the first is read, the others share its pages.
     """
     batch, total = input_ids.shape
-    padding = _left_padding(input_ids, attention_mask)
+    if attention_mask is not None and attention_mask.shape != input_ids.shape:
+        raise CacheError(f"attention_mask is {list(attention_mask.shape)}, input_ids {list(input_ids.shape)}")
+    padding = [0] * batch if attention_mask is None else left_padding(attention_mask).tolist()
     ex = cache.open(batch, model.dtype, input_ids.device)
     if ex.cache.rows != batch:
         raise CacheError(f"this cache holds {ex.cache.rows} rows, the prompt has {batch}")
@@ -97,23 +100,3 @@ def _forward(model: PreTrainedModel, cache: RheoCache, ids: torch.Tensor, positi
             use_cache=True,
             logits_to_keep=1,
         )
-
-
-def _left_padding(input_ids: torch.Tensor, mask: torch.Tensor | None) -> list[int]:
-    """Return the leading zeros of each row.
-
-    Raises:
-        CacheError: the mask has another shape or other zeros, or a row has no token at all.
-    """
-    batch, total = input_ids.shape
-    if mask is None:
-        return [0] * batch
-    if mask.shape != input_ids.shape:
-        raise CacheError(f"attention_mask is {list(mask.shape)}, input_ids {list(input_ids.shape)}")
-    ones = mask.bool().cpu()
-    padding: list[int] = (~ones).long().cumprod(1).sum(1).tolist()
-    if int(ones.sum()) != batch * total - sum(padding):
-        raise CacheError(
-            "attention_mask has zeros after the first token of a row: only left padding is supported"
-        )
-    return padding
