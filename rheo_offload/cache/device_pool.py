@@ -79,8 +79,9 @@ class FullLayer:
         if self.summary_kind == "none" or (self.summary is not None and self.summary.shape[0] >= max_pages):
             return
         old = self.summary
+        by_half = old.shape[0] * 3 // 2 if old is not None else 0  # a long generation asks often
         self.summary = torch.empty(
-            max_pages,
+            max(max_pages, by_half),
             self.spec.num_kv_heads,
             self.summary_width,
             self.spec.head_dim,

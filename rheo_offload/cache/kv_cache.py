@@ -64,6 +64,9 @@ class KVCache:
         self.rows, self.block_size, self.sink_blocks = rows, block_size, sink_blocks
         self.dtype, self.device, self.summaries = dtype, device, summaries
         self.lengths = [0] * rows
+        self.longest = [0] * rows
+        """The most tokens each row ever held: what a ring has overwritten stays overwritten."""
+        self.tokens_written = 0
         self.pages: list[list[int]] = [[] for _ in range(rows)]
         self.seq_lens = torch.zeros(rows, dtype=torch.int32, device=device)
         self.active = torch.ones(rows, dtype=torch.int32, device=device)
@@ -111,7 +114,10 @@ class KVCache:
                 heat, layer.counters, layer.traffic, summary = kept
                 layer.heat[..., : heat.shape[2]] = heat
                 if summary is not None and layer.summary is not None:
-                    layer.summary[: summary.shape[0]] = summary
+                    pages = min(
+                        summary.shape[0], layer.summary.shape[0]
+                    )  # both cover every page that is held
+                    layer.summary[:pages] = summary[:pages]
             self.full[i] = layer
 
     def _pages_to_cover(self) -> int:
@@ -157,6 +163,8 @@ class KVCache:
     def advance_host(self, tokens: Sequence[int]) -> None:
         """Advance the host clock by `tokens[b]` tokens per row."""
         self.lengths = [n + t for n, t in zip(self.lengths, tokens, strict=True)]
+        self.longest = [max(pair) for pair in zip(self.longest, self.lengths, strict=True)]
+        self.tokens_written += sum(tokens)
 
     def before_decode(self) -> None:
         """Host part of a decode step: pages for the new tokens, then the host clock."""
@@ -196,6 +204,7 @@ class KVCache:
         if self.store is not None:
             self._share_pages(source, moved)
         self.lengths = [self.lengths[s] for s in source]
+        self.longest = [self.longest[s] for s in source]
         self.set_device_lengths()
         changed = torch.tensor(moved, device=self.device)
         for layer in self.full.values():
@@ -249,14 +258,17 @@ class KVCache:
             return
         if tokens < 0 or tokens > min(self.lengths):
             raise CacheError(f"cannot drop {tokens} tokens of a row of {min(self.lengths)}")
+        shorter = [n - tokens for n in self.lengths]
         for ring in self.sliding.values():
             slack = ring.ring_tokens - (ring.spec.window or 0)
-            if tokens > slack and max(self.lengths) > ring.ring_tokens:
-                raise CacheError(
-                    f"cannot drop {tokens} tokens: layer {ring.spec.layer_idx} keeps only {slack} beyond its window"
-                )
-        self.lengths = [n - tokens for n in self.lengths]
-        self._own_open_pages()
+            for n, longest in zip(shorter, self.longest, strict=True):
+                if longest > ring.ring_tokens and longest - n > slack:
+                    raise CacheError(
+                        f"cannot go back {longest - n} tokens: layer {ring.spec.layer_idx} keeps only {slack} beyond "
+                        "its window"
+                    )
+        self._drop_pages(shorter)
+        self.lengths = shorter
         self.set_device_lengths()
         first_absent = torch.tensor([self.blocks_of(n) for n in self.lengths], device=self.device)
         for layer in self.full.values():
@@ -264,23 +276,40 @@ class KVCache:
             beyond = torch.arange(self.max_blocks, device=self.device) >= first_absent[:, None]
             layer.heat.masked_fill_(beyond[:, None, :], 0.0)
 
-    def _own_open_pages(self) -> None:
-        """Copy open pages that another row shares, before this row writes to them."""
-        if self.store is None:
+    def _drop_pages(self, lengths: Sequence[int]) -> None:
+        """Make every page at or behind each row's new end the row's own: a shared open page is copied, shared later
+        ones are let go.
+
+        Raises:
+            HostMemoryError: no room for the copies; nothing changed.
+        """
+        store = self.store
+        if store is None:
             return
-        shared = []
-        for row, n in enumerate(self.lengths):
-            block = n // self.block_size
-            if block < len(self.pages[row]) and self.store.refcount(self.pages[row][block]) > 1:
-                shared.append((row, block))
-        if not shared:
-            return
-        synchronize(self.device)
-        for (row, block), fresh in zip(shared, self.store.allocate(len(shared)), strict=True):
-            self._copy_page(self.pages[row][block], fresh)
-            self.store.release([self.pages[row][block]])
-            self.pages[row][block] = fresh
-        self._write_table([row for row, _ in shared])
+
+        def is_shared(row: int, block: int) -> bool:
+            return block < len(self.pages[row]) and store.refcount(self.pages[row][block]) > 1
+
+        opened = [
+            row
+            for row, n in enumerate(lengths)
+            if n % self.block_size and is_shared(row, n // self.block_size)
+        ]
+        fresh = store.allocate(len(opened))
+        if opened:
+            synchronize(self.device)  # write-through of the pages about to be copied has landed
+        for row, copy in zip(opened, fresh, strict=True):
+            block = lengths[row] // self.block_size
+            self._copy_page(self.pages[row][block], copy)
+            store.release([self.pages[row][block]])
+            self.pages[row][block] = copy
+        for row, n in enumerate(lengths):
+            kept = self.blocks_of(n)
+            while kept < len(self.pages[row]) and not is_shared(row, kept):
+                kept += 1
+            store.release(self.pages[row][kept:])
+            del self.pages[row][kept:]
+        self._write_table(range(self.rows))
 
     # ---- upkeep ----------------------------------------------------------------------------------------------------
 

@@ -1,12 +1,19 @@
 """How much memory a run needs, from shapes alone: used to size the cache and by `rheo plan`."""
 
-from collections.abc import Sequence
+import logging
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 
 from rheo_offload.cache.layout import PageLayout, ring_tokens
+from rheo_offload.errors import DeviceMemoryError
 from rheo_offload.types import LayerSpec
+
+logger = logging.getLogger("rheo_offload")
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -117,3 +124,24 @@ def plan_memory(
         page_bytes=page.page_bytes,
         dense_kv_bytes=rows * max_blocks * block_size * sum(token_bytes.values()),
     )
+
+
+def allocate_shrinking(allocate: Callable[[int], T], capacity: int, floor: int) -> T:
+    """Call `allocate(capacity)`, with fewer slots (down to `floor`) when the device is fuller than it said.
+
+    Raises:
+        DeviceMemoryError: not even `floor` slots fit.
+    """
+    while True:
+        try:
+            return allocate(capacity)
+        except torch.cuda.OutOfMemoryError as error:
+            smaller = max(floor, capacity * 7 // 8)
+            if smaller == capacity:
+                raise DeviceMemoryError(
+                    f"the device has no room for {capacity} slots per KV head, the least this budget needs; lower "
+                    "selection.token_budget or the batch"
+                ) from error
+            logger.warning("device pool: no room for %d slots per KV head, trying %d", capacity, smaller)
+            capacity = smaller
+            torch.cuda.empty_cache()

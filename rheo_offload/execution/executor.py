@@ -12,6 +12,7 @@ import torch
 
 from rheo_offload.cache.device_pool import FullLayer, SlidingLayer
 from rheo_offload.cache.kv_cache import KVCache
+from rheo_offload.cache.sizing import allocate_shrinking, capacity_floor
 from rheo_offload.errors import CacheError
 from rheo_offload.execution.audit import Audit
 from rheo_offload.execution.decode import decode_full, decode_sliding
@@ -41,7 +42,7 @@ class Executor:
         kernels: str = "auto",
         overlap: bool = True,
         audit_every: int = 0,
-        capacity_for: Callable[[int], int] | None = None,
+        capacity_for: Callable[[int, int], int] | None = None,
     ) -> None:
         """Wire a cache to a method.
 
@@ -53,7 +54,8 @@ class Executor:
             kernels: as `ops.kernels_for`.
             overlap: gather on its own stream.
             audit_every: decode steps between two measurements of the captured mass; 0 = never.
-            capacity_for: blocks per row -> slots per (row, KV head), asked when the cache must grow.
+            capacity_for: (blocks per row, device bytes about to be given back) -> slots per (row, KV head), asked
+                when the cache must grow.
         """
         self.cache, self.selector, self.policy = cache, selector, policy
         self.ops = kernels_for(cache.device, kernels)
@@ -70,6 +72,7 @@ class Executor:
         self._last = max([*cache.full, *cache.sliding])
         self._chunk: Chunk | None = None
         self._open: int | None = None  # layer that the forward in progress has reached
+        self._failed = False
         self._workspaces: dict[tuple[int, ...], DecodeWorkspace] = {}
         self._ring_workspaces: dict[tuple[int, ...], RingWorkspace] = {}
         self._rounds: dict[tuple[int, ...], RoundsWorkspace] = {}
@@ -98,7 +101,7 @@ class Executor:
             return torch.tensor(values, dtype=torch.int32, device=cache.device)
 
         self._chunk = Chunk(rows, before, after, on_device(start), on_device(before), on_device(after))
-        cache.lengths = lengths
+        cache.advance_host([n - old for n, old in zip(lengths, cache.lengths, strict=True)])
         cache.set_device_lengths()
 
     def begin_decode(self) -> None:
@@ -145,8 +148,8 @@ class Executor:
 
     @property
     def between_forwards(self) -> bool:
-        """Whether the last forward reached its last layer."""
-        return self._open is None or self._open == self._last
+        """Whether the last forward reached its last layer (and the cache did not break while it grew)."""
+        return not self._failed and (self._open is None or self._open == self._last)
 
     def warm(self) -> None:
         """Load sink, recent and hottest blocks after the prompt."""
@@ -158,10 +161,15 @@ class Executor:
         if needed <= self.cache.max_blocks:
             return
         max_blocks = max(needed, 2 * self.cache.max_blocks)
-        capacity = self._capacity_for(max_blocks) if self._capacity_for else self.cache.capacity
+        capacity = self.cache.capacity
+        if self._capacity_for is not None:
+            capacity = self._capacity_for(max_blocks, self.cache.device_bytes)
         self._workspaces.clear()
         self._rounds.clear()
-        self.cache.grow(max_blocks, capacity)
+        self._failed = True  # until the new pools stand: half of them would be no cache
+        floor = capacity_floor(self.policy.block_budget, max_blocks, 1.0)
+        allocate_shrinking(lambda slots: self.cache.grow(max_blocks, slots), capacity, floor)
+        self._failed = False
 
     # ---- per layer -------------------------------------------------------------------------------------------------
 

@@ -70,7 +70,10 @@ def prefill_full(ex: "Executor", layer: FullLayer, call: AttentionCall, chunk: C
             _fold(ops, call, k, v, chunk.start, torch.full_like(chunk.start, first * size), tokens, partial)
     _fold_chunk(ops, call, chunk.start, partial)
     for b, row in enumerate(range(chunk.rows.start, chunk.rows.stop)):
-        residency.claim_in_order(layer, row, chunk.before[b] // size, cache.blocks_of(chunk.after[b]))
+        # Only blocks that begin in this chunk: a slot for an older one would miss the tokens it already has.
+        residency.claim_in_order(
+            layer, row, cache.blocks_of(chunk.before[b]), cache.blocks_of(chunk.after[b])
+        )
     ops.append_chunk(
         call.k, call.v, chunk.start, table,
         layer.k_host, layer.v_host, layer.k_pool, layer.v_pool, slot_of,

@@ -7,14 +7,13 @@ import torch
 
 from rheo_offload.cache.device_pool import TRAFFIC
 from rheo_offload.metrics.stats import Stats
-from rheo_offload.model.generation import RunClock
 from rheo_offload.model.hf_cache import RheoCache
 from rheo_offload.types import LayerSpec
 
 
-def collect_stats(cache: RheoCache, specs: Sequence[LayerSpec], clock: RunClock) -> Stats:
-    """Add up a cache's counters. Waits for the device."""
-    ex = cache.executor
+def collect_stats(cache: RheoCache, specs: Sequence[LayerSpec]) -> Stats:
+    """Add up a cache's counters since it was made, and the times of its last run. Waits for the device."""
+    ex, clock = cache.executor, cache.clock
     kv = ex.cache
     counters = torch.zeros(5, dtype=torch.int64)
     blocks_read = dict.fromkeys(TRAFFIC, 0)
@@ -30,12 +29,12 @@ def collect_stats(cache: RheoCache, specs: Sequence[LayerSpec], clock: RunClock)
     offloaded = sum(2 * s.num_kv_heads * s.head_dim for s in specs if not s.is_sliding) * kv.dtype.itemsize
     return Stats(
         prompt_tokens=clock.prompt_tokens,
-        new_tokens=len(clock.times) * clock.rows,
+        new_tokens=clock.generated,
         decode_steps=ex.decode_steps,
         ttft_ms=(clock.times[0] - clock.started) * 1e3 if clock.times else None,
         itl_p50_ms=float(np.percentile(gaps, 50)) if len(gaps) else None,
         itl_p95_ms=float(np.percentile(gaps, 95)) if len(gaps) else None,
-        decode_tps=len(gaps) * clock.rows / seconds if seconds else None,
+        decode_tps=(clock.generated - clock.rows) / seconds if seconds else None,
         hit_rate=hits / selected if selected else None,
         hit_rate_unforced=(hits - forced_hits) / (selected - forced) if selected > forced else None,
         selected_blocks=selected,
@@ -46,7 +45,7 @@ def collect_stats(cache: RheoCache, specs: Sequence[LayerSpec], clock: RunClock)
         prefill_h2d_bytes=blocks_read["prefill"],
         streamed_h2d_bytes=blocks_read["streamed"],
         audit_h2d_bytes=blocks_read["audited"],
-        d2h_bytes=sum(kv.lengths) * offloaded,
+        d2h_bytes=kv.tokens_written * offloaded,
         captured_mass_mean=float(np.mean([mean for mean, _ in masses])) if masses else None,
         captured_mass_min=min(low for _, low in masses) if masses else None,
         audited_steps=ex.audit.steps,

@@ -5,7 +5,7 @@ business; it sees a cache that already holds the prompt but for its last `decode
 through the decode path.
 """
 
-import time
+import logging
 from collections.abc import Callable
 from typing import Any
 
@@ -13,31 +13,15 @@ import torch
 from transformers import LogitsProcessor, LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
 
 from rheo_offload.errors import CacheError, NonFiniteError, RheoError
+from rheo_offload.metrics.clock import RunClock
 from rheo_offload.model.prefill import prefill_rows
+
+logger = logging.getLogger("rheo_offload")
 
 REFUSED = {
     "cache_implementation": "an offloaded model has one cache, in host memory",
     "prefill_chunk_size": "set prefill.chunk_tokens in the configuration instead",
 }
-
-
-class RunClock:
-    """When each token of the last `generate` call was ready, by the host's clock."""
-
-    def __init__(self) -> None:
-        self.started = 0.0
-        self.times: list[float] = []
-        self.prompt_tokens = 0
-        self.rows = 0
-
-    def start(self, prompt_tokens: int, rows: int) -> None:
-        """Begin a run."""
-        self.started, self.times = time.perf_counter(), []
-        self.prompt_tokens, self.rows = prompt_tokens, rows
-
-    def tick(self) -> None:
-        """Note that a token of every row is ready."""
-        self.times.append(time.perf_counter())
 
 
 class _LogitsWatch(LogitsProcessor):
@@ -103,37 +87,41 @@ def rheo_generate(
         raise RheoError(f"the prompt is empty: input_ids has shape {list(ids.shape)}")
     if _option(self, kwargs, "use_cache") is False:
         return stock(self, ids, **kwargs)
-    repeats = max(_option(self, kwargs, "num_return_sequences") or 1, _option(self, kwargs, "num_beams") or 1)
+    sequences = _option(self, kwargs, "num_return_sequences") or 1
+    repeats = max(sequences, _option(self, kwargs, "num_beams") or 1)
     length = _final_length(self, kwargs, ids.shape[1])
     _check_positions(handle.max_positions, length, allow_longer)
     rows_ids = ids.repeat_interleave(repeats, 0)
     mask = kwargs.get("attention_mask")
     if mask is None:
-        mask = _infer_mask(self, kwargs, ids)
-        kwargs["attention_mask"] = mask
-    rows_mask = mask.repeat_interleave(repeats, 0)
+        mask = kwargs["attention_mask"] = _infer_mask(self, kwargs, ids)
 
     fresh = past_key_values is None
-    cache = handle.new_cache(max_length=length) if fresh else handle.check_cache(past_key_values)
-    prompt_end = max(ids.shape[1] - max(decode_tail_tokens, 1), cache.hf_length)
-    handle.clock.start(int(mask.sum()), rows_ids.shape[0])
+    cache = handle.new_cache() if fresh else handle.check_cache(past_key_values)
+    if cache.hf_length >= ids.shape[1]:
+        raise CacheError(f"the cache holds {cache.hf_length} tokens, the prompt only {ids.shape[1]}")
+    cache.expect(length)
+    cache.clock.start(int(mask.sum()), ids.shape[0] * sequences)
     try:
-        if cache.hf_length >= ids.shape[1]:
-            raise CacheError(f"the cache holds {cache.hf_length} tokens, the prompt only {ids.shape[1]}")
-        if not _is_assisted(self, kwargs):
+        if _is_assisted(self, kwargs):
+            logger.warning("drafts are verified by dense passes over the whole history, without selection")
+        else:
+            # every row keeps a token for the prefill, so that padding never reaches the decode path
+            tail = max(1, min(decode_tail_tokens, int(mask.sum(1).min()) - 1))
+            prompt_end = max(ids.shape[1] - tail, cache.hf_length)
             prefill_rows(
                 self,
                 cache,
                 rows_ids[:, :prompt_end],
-                rows_mask[:, :prompt_end],
+                mask.repeat_interleave(repeats, 0)[:, :prompt_end],
                 chunk_tokens=handle.config.prefill.chunk_tokens,
                 progress=rheo_progress,
                 repeats=repeats,
             )
             _feed_tail(self, cache, rows_ids[:, prompt_end:-1])
         if length == ids.shape[1]:
-            return ids
-        return _run_stock(self, stock, handle.clock, ids, cache, kwargs)
+            return ids.repeat_interleave(sequences, 0)
+        return _run_stock(self, stock, cache.clock, ids, cache, kwargs)
     except Exception:
         if fresh:
             cache.close()  # nobody else can reach it
@@ -177,6 +165,9 @@ def _run_stock(
         raise NonFiniteError(
             f"the model's logits were not finite at new token {len(clock.times)}; generation stopped"
         )
+    made = (out if torch.is_tensor(out) else out.sequences)[:, ids.shape[1] :]
+    pad = _option(model, kwargs, "pad_token_id")
+    clock.finish(made.numel() if pad is None else int((made != pad).sum()))
     return out
 
 

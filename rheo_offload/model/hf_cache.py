@@ -13,10 +13,13 @@ from transformers.cache_utils import Cache, CacheLayerMixin
 
 from rheo_offload.errors import CacheError
 from rheo_offload.execution.executor import Executor
+from rheo_offload.metrics.clock import RunClock
 from rheo_offload.model.padding import left_padding
 from rheo_offload.types import AttentionCall, LayerSpec
 
 TAG = "_rheo_source"
+# Tokens assumed to follow the first forward when nobody says how long the rows will get; tables double from there.
+UNKNOWN_NEW_TOKENS = 1024
 
 
 class _Layer(CacheLayerMixin):
@@ -68,7 +71,7 @@ class RheoCache(Cache):
         self,
         model_id: int,
         specs: Sequence[LayerSpec],
-        make_executor: Callable[[int, int | None, torch.dtype, torch.device], Executor],
+        make_executor: Callable[[int, int, torch.dtype, torch.device], Executor],
         *,
         max_length: int | None = None,
     ) -> None:
@@ -77,11 +80,12 @@ class RheoCache(Cache):
         Args:
             model_id: identity of the model this cache belongs to.
             specs: its attention layers.
-            make_executor: rows, longest row in tokens if known, dtype, device -> executor.
+            make_executor: rows, longest row in tokens, dtype, device -> executor.
             max_length: longest row in tokens, prompt and new tokens; None grows on demand.
         """
         super().__init__(layers=[_Layer(self, spec) for spec in specs])
         self.model_id, self.max_length = model_id, max_length
+        self.clock = RunClock()
         self._make_executor = make_executor
         self._executor: Executor | None = None
         self.hf_length = 0
@@ -105,12 +109,17 @@ class RheoCache(Cache):
         """Whether no token was stored yet."""
         return self._executor is None
 
-    def open(self, rows: int, dtype: torch.dtype, device: torch.device) -> Executor:
-        """Take the memory for `rows` rows, once."""
+    def expect(self, tokens: int) -> None:
+        """Say how long the rows will get, prompt and new tokens, so that memory is taken once and early."""
+        self.max_length = max(self.max_length or 0, tokens)
+
+    def open(self, rows: int, tokens: int, dtype: torch.dtype, device: torch.device) -> Executor:
+        """Take the memory for `rows` rows, once; `tokens` are about to come, and more unless `max_length` says so."""
         if self._closed:
             raise CacheError("this cache was closed; make a new one")
         if self._executor is None:
-            self._executor = self._make_executor(rows, self.max_length, dtype, device)
+            length = self.max_length or tokens + UNKNOWN_NEW_TOKENS
+            self._executor = self._make_executor(rows, length, dtype, device)
             weakref.finalize(self, self._executor.cache.close)
             self.padding = [0] * rows
         return self._executor
@@ -136,12 +145,19 @@ class RheoCache(Cache):
     def _begin(self, call: AttentionCall, mask: torch.Tensor | None) -> None:
         batch, tokens = call.k.shape[0], call.k.shape[2]
         rows = self._rows or slice(0, batch)
-        ex = self.open(batch, call.k.dtype, call.k.device)
+        ex = self.open(batch, tokens, call.k.dtype, call.k.device)
         if not ex.between_forwards:
             raise CacheError("an earlier forward stopped half-way and layers disagree; start a new cache")
         if self._rows is None and batch != ex.cache.rows:
             raise CacheError(f"this cache holds {ex.cache.rows} rows, the forward has {batch}")
         if tokens == 1 and self._rows is None and min(ex.cache.lengths) > 0:
+            if mask is not None and mask.shape != (
+                batch,
+                self.hf_length + 1,
+            ):  # its values are not read: no wait
+                raise CacheError(
+                    f"attention_mask must be [{batch}, {self.hf_length + 1}], not {list(mask.shape)}"
+                )
             ex.begin_decode()
         else:
             if self._rows is None:
@@ -158,7 +174,7 @@ class RheoCache(Cache):
     def _set_padding(self, mask: torch.Tensor | None, batch: int, total: int) -> None:
         """Read each row's left padding off the mask; anything but left padding is refused."""
         if mask is None:
-            found = [0] * batch
+            found = self.padding
         else:
             if mask.shape != (batch, total):
                 raise CacheError(f"attention_mask must be [{batch}, {total}], not {list(mask.shape)}")

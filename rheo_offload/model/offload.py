@@ -11,7 +11,12 @@ from transformers import PreTrainedModel
 from rheo_offload.cache.host_store import HostStore, host_budget
 from rheo_offload.cache.kv_cache import KVCache
 from rheo_offload.cache.layout import PageLayout
-from rheo_offload.cache.sizing import capacity_floor, plan_memory, prefill_workspace_bytes
+from rheo_offload.cache.sizing import (
+    allocate_shrinking,
+    capacity_floor,
+    plan_memory,
+    prefill_workspace_bytes,
+)
 from rheo_offload.config import RheoConfig, resolve_auto
 from rheo_offload.device import device_free_bytes, is_cuda
 from rheo_offload.errors import CacheError, ConfigError, DeviceMemoryError, UnsupportedModelError
@@ -19,7 +24,7 @@ from rheo_offload.execution.executor import STAGE_BLOCKS, STAGE_BYTES, Executor
 from rheo_offload.metrics.stats import Stats
 from rheo_offload.model import attention_hook
 from rheo_offload.model.collect import collect_stats
-from rheo_offload.model.generation import RunClock, rheo_generate
+from rheo_offload.model.generation import rheo_generate
 from rheo_offload.model.hf_cache import RheoCache
 from rheo_offload.model.prefill import prefill_rows
 from rheo_offload.model.self_test import self_test
@@ -30,8 +35,6 @@ logger = logging.getLogger("rheo_offload")
 
 # Left free on the device when the pool grows to fill it: allocator fragments, cuBLAS workspaces, the logits.
 DEVICE_RESERVE_BYTES = 1 << 30
-# Context assumed when nobody says how long the rows will get; the tables double from there.
-UNKNOWN_LENGTH_SLACK = 1024
 # Host pages made usable (touched and pinned) at a time.
 GROWTH_BYTES = 1 << 30
 
@@ -45,7 +48,6 @@ class RheoHandle:
         self.specs = layer_specs(model.config)
         self.original_attention = original_attention
         self.max_positions = max_positions(model.config)
-        self.clock = RunClock()
         self._store: HostStore | None = None
         self._caches: weakref.WeakSet[RheoCache] = weakref.WeakSet()
         self._last: RheoCache | None = None
@@ -133,7 +135,7 @@ class RheoHandle:
         cache = cache or self._last
         if cache is None or cache.is_empty:
             raise CacheError("nothing has run yet")
-        return collect_stats(cache, self.specs, self.clock)
+        return collect_stats(cache, self.specs)
 
     def close(self) -> None:
         """Close every cache of this model and give its host memory back."""
@@ -146,11 +148,8 @@ class RheoHandle:
 
     # ---- sizing ----------------------------------------------------------------------------------------------------
 
-    def _make_executor(
-        self, rows: int, max_length: int | None, dtype: torch.dtype, device: torch.device
-    ) -> Executor:
-        """Size and allocate everything for a batch of `rows`."""
-        length = max_length or UNKNOWN_LENGTH_SLACK
+    def _make_executor(self, rows: int, length: int, dtype: torch.dtype, device: torch.device) -> Executor:
+        """Size and allocate everything for a batch of `rows` rows of up to `length` tokens."""
         config = resolve_auto(self.config, context_len_tokens=length, device_type=device.type)
         size = config.cache.block_size
         max_blocks = -(-length // size)
@@ -171,10 +170,9 @@ class RheoHandle:
             kept = METHODS["full"]() if spec.layer_idx in config.selection.dense_layers else selector
             summaries[spec.layer_idx] = (kept.summary_kind, kept.summary_width(size))
 
-        def capacity_for(blocks: int) -> int:
-            return self._capacity(
-                config, rows, blocks, block_budget, selector.summary_width(size), dtype, device
-            )
+        def capacity_for(blocks: int, reclaimed_bytes: int = 0) -> int:
+            width = selector.summary_width(size)
+            return self._capacity(config, rows, blocks, block_budget, width, dtype, device, reclaimed_bytes)
 
         def allocate(capacity: int) -> KVCache:
             return KVCache(
@@ -192,7 +190,7 @@ class RheoHandle:
             )
 
         floor = capacity_floor(block_budget, max_blocks, 1.0)
-        cache = _allocate_shrinking(allocate, capacity_for(max_blocks), floor)
+        cache = allocate_shrinking(allocate, capacity_for(max_blocks), floor)
         return Executor(
             cache,
             selector,
@@ -213,8 +211,12 @@ class RheoHandle:
         summary_width: int,
         dtype: torch.dtype,
         device: torch.device,
+        reclaimed_bytes: int,
     ) -> int:
-        """Choose the slots per (row, KV head): the floor, a cap, or whatever fits the free device memory."""
+        """Choose the slots per (row, KV head): the floor, a cap, or whatever fits the free device memory.
+
+        `reclaimed_bytes` of the device are in use now and will be given back before the pool is allocated.
+        """
         text = text_config(self.model.config)
         plan = plan_memory(
             self.specs,
@@ -241,7 +243,7 @@ class RheoHandle:
             other = (
                 plan.device_bytes - plan.pool_bytes - plan.staging_bytes + STAGE_BYTES + DEVICE_RESERVE_BYTES
             )
-            room = device_free_bytes(device) - other
+            room = device_free_bytes(device) + reclaimed_bytes - other
         else:
             room = _as_int(memory)
         fits = min(max_blocks, room // plan.pool_bytes_per_capacity)
@@ -353,23 +355,6 @@ def _model_problems(model: PreTrainedModel) -> list[str]:
     elif devices[0] == "meta":
         problems.append("its parameters are on the meta device: load the weights first")
     return problems
-
-
-def _allocate_shrinking(allocate: Callable[[int], KVCache], capacity: int, floor: int) -> KVCache:
-    """Allocate a cache, with fewer slots when the device turns out to be fuller than it said."""
-    while True:
-        try:
-            return allocate(capacity)
-        except torch.cuda.OutOfMemoryError as error:
-            smaller = max(floor, capacity * 7 // 8)
-            if smaller == capacity:
-                raise DeviceMemoryError(
-                    f"the device has no room for {capacity} slots per KV head, the least this budget needs; lower "
-                    "selection.token_budget or the batch"
-                ) from error
-            logger.warning("device pool: no room for %d slots per KV head, trying %d", capacity, smaller)
-            capacity = smaller
-            torch.cuda.empty_cache()
 
 
 def _as_int(value: object) -> int:

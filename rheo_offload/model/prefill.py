@@ -39,7 +39,7 @@ def prefill_rows(
     if attention_mask is not None and attention_mask.shape != input_ids.shape:
         raise CacheError(f"attention_mask is {list(attention_mask.shape)}, input_ids {list(input_ids.shape)}")
     padding = [0] * batch if attention_mask is None else left_padding(attention_mask).tolist()
-    ex = cache.open(batch, model.dtype, input_ids.device)
+    ex = cache.open(batch, total, model.dtype, input_ids.device)
     if ex.cache.rows != batch:
         raise CacheError(f"this cache holds {ex.cache.rows} rows, the prompt has {batch}")
     held = ex.cache.lengths
@@ -75,6 +75,7 @@ def prefill_rows(
     cache.hf_length = total
     if shared > 1:
         cache.reorder_rows([row - row % shared for row in range(batch)])
+        ex.cache.reserve([longest - p for p in padding])
     if warm and work:
         ex.warm()
 

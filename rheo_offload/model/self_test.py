@@ -124,6 +124,7 @@ def _probe(model: PreTrainedModel, specs: Sequence[LayerSpec], errors: dict[int,
             raise UnsupportedModelError(
                 [f"layer {i} uses a mask that is neither causal nor a sliding window"]
             )
+        _check_shapes(specs[i], query, key, value)
         scale = query.shape[-1] ** -0.5 if scaling is None else float(scaling)
         eager = sys.modules[type(module).__module__].eager_attention_forward
         rows = _sampled_rows(query.shape[2], query.device)
@@ -151,6 +152,15 @@ def _probe(model: PreTrainedModel, specs: Sequence[LayerSpec], errors: dict[int,
         return dense_attention(ops, plain, padding, specs[i].window).transpose(1, 2).contiguous(), None
 
     return attention
+
+
+def _check_shapes(spec: LayerSpec, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> None:
+    """Refuse a layer whose heads are not what its config promised: the cache is laid out from the config."""
+    promised = (spec.num_q_heads, spec.num_kv_heads, spec.head_dim, spec.head_dim)
+    found = (query.shape[1], key.shape[1], key.shape[3], value.shape[3])
+    if found != promised:
+        what = f"layer {spec.layer_idx} has (query heads, KV heads, key dim, value dim)"
+        raise UnsupportedModelError([f"{what} {found}, its config says {promised}"])
 
 
 def _padding(mask: torch.Tensor) -> torch.Tensor:

@@ -87,6 +87,16 @@ def test_dense_layers_beyond_the_model():
     assert "rheo" not in model.__dict__
 
 
+def test_heads_that_differ_from_the_config_are_refused():
+    """The cache is laid out from the config, so a config that says something else must not get through."""
+    model = tiny_model("llama")
+    model.config.num_key_value_heads = 4
+    with pytest.raises(
+        UnsupportedModelError, match=r"layer 0 has .*\(4, 2, 16, 16\), its config says \(4, 4, 16, 16\)"
+    ):
+        offload(model)
+
+
 def test_method_parameters_nobody_reads_are_refused():
     with pytest.raises(ConfigError, match="takes none, not window"):
         offload(tiny_model("llama"), RheoConfig.from_dict({"selection": {"params": {"window": 3}}}))

@@ -6,8 +6,7 @@ import pytest
 import torch
 
 from rheo_offload import DeviceMemoryError, offload
-from rheo_offload.cache.sizing import capacity_floor
-from rheo_offload.model import offload as module
+from rheo_offload.cache.sizing import allocate_shrinking, capacity_floor
 from tests.helpers.tiny_model import tiny_model
 from tests.test_end_to_end import greedy, prompt, sparse_config
 
@@ -26,7 +25,7 @@ def test_capacity_shrinks_until_it_fits(caplog):
         return capacity
 
     with caplog.at_level(logging.WARNING, "rheo_offload"):
-        assert module._allocate_shrinking(allocate, 32, 9) <= 20
+        assert allocate_shrinking(allocate, 32, 9) <= 20
     assert tried == sorted(tried, reverse=True) and "no room for 32 slots" in caplog.text
 
 
@@ -35,7 +34,7 @@ def test_capacity_below_the_budget_is_refused():
         raise torch.OutOfMemoryError("no room")
 
     with pytest.raises(DeviceMemoryError, match=r"9 slots .* lower selection.token_budget or the batch"):
-        module._allocate_shrinking(allocate, 32, 9)
+        allocate_shrinking(allocate, 32, 9)
 
 
 @pytest.mark.parametrize(("slots", "expected"), [(100, 20), (12, 12), (8, 8)])
