@@ -169,7 +169,7 @@ class Rheo(Decoder):
         self.model.rheo.prefill(self.cache, input_ids)
 
     def fill_random(self, rows: int, tokens: int) -> None:
-        executor = self.cache.open(rows, self.model.dtype, self.model.device)
+        executor = self.cache.open(rows, tokens, self.model.dtype, self.model.device)
         for first in range(0, tokens, CHUNK_TOKENS):
             chunk = min(CHUNK_TOKENS, tokens - first)
             executor.begin_prefill(slice(0, rows), [first] * rows, chunk)
