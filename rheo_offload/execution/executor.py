@@ -115,7 +115,7 @@ class Executor:
     def begin_decode_on_device(self) -> None:
         """Advance the device clock and the rings' block numbers (this part belongs into a captured step)."""
         self._chunk = None
-        torch.sub(self.cache.seq_lens, 0, out=self.decode_start)  # position of the new token
+        self.decode_start.copy_(self.cache.seq_lens)  # position of the new token
         self.cache.begin_decode()
         for layer in self.cache.sliding.values():
             self.ring_workspace_of(layer)

@@ -13,9 +13,11 @@ from tests.test_end_to_end import sparse_config
 ROWS = 3
 
 
-def step(model, cache, seed, same=False):
-    ids = torch.randint(3, 97, (ROWS, 1), generator=torch.Generator().manual_seed(seed)).to(DEVICE)
-    ids = ids[:1].expand(ROWS, 1) if same else ids
+def drawn(seed):
+    return torch.randint(3, 97, (ROWS, 1), generator=torch.Generator().manual_seed(seed)).to(DEVICE)
+
+
+def step(model, cache, ids):
     positions = torch.tensor(cache.executor.cache.lengths, device=DEVICE)[:, None]
     with torch.no_grad():
         return model(ids, position_ids=positions, past_key_values=cache, logits_to_keep=1).logits[:, -1]
@@ -36,37 +38,33 @@ def test_random_schedule_keeps_the_tables_consistent(seed):
     model = offload(tiny_model("llama", device=DEVICE), sparse_config(budget_blocks=20))
     cache, rng = fresh(model), random.Random(seed)
     kv = cache.executor.cache
-    tokens = [[] for _ in range(ROWS)]
+    origin, tokens = (
+        torch.arange(ROWS),
+        drawn(0)[:, :0],
+    )  # which prompt each row began with, what was fed since
     for number in range(40):
         action = rng.choice(["step", "step", "step", "drop", "reorder", "crop"])
         if action == "step":
-            step(model, cache, number)
-            drawn = torch.randint(3, 97, (ROWS, 1), generator=torch.Generator().manual_seed(number))
-            for row in range(ROWS):
-                tokens[row].append(int(drawn[row]))
+            step(model, cache, drawn(number))
+            tokens = torch.cat([tokens, drawn(number)], 1)
         elif action == "drop":
             kv.drop_blocks(rng.random())
         elif action == "reorder":
             source = [rng.randrange(ROWS) for _ in range(ROWS)]
-            if len({kv.lengths[s] + cache.padding[s] for s in source}) == 1:
-                cache.reorder_rows(source)
-                tokens = [list(tokens[s]) for s in source]
-        elif len(tokens[0]) > 3:
+            cache.reorder_rows(source)
+            origin, tokens = origin[source], tokens[source]
+        elif tokens.shape[1] > 3:
             cache.crop(-3)
-            tokens = [t[:-3] for t in tokens]
+            tokens = tokens[:, :-3]
         kv.check_integrity()
-    logits = step(model, cache, 999)
+    logits = step(model, cache, drawn(999))
     kv.check_integrity()
-    # the same tokens in a new cache, read in one go
+    # the same tokens, step by step, in a new cache that had none of the rest
     twin = fresh(model)
-    order = [int(p) for p in cache.padding]
-    if order == [0, 13, 0]:
-        for column in range(len(tokens[0])):
-            ids = torch.tensor([[t[column]] for t in tokens], device=DEVICE)
-            positions = torch.tensor(twin.executor.cache.lengths, device=DEVICE)[:, None]
-            with torch.no_grad():
-                model(ids, position_ids=positions, past_key_values=twin, logits_to_keep=1)
-        assert torch.allclose(step(model, twin, 999), logits, atol=1e-4)
+    twin.reorder_rows(origin.tolist())
+    for ids in tokens.split(1, dim=1):
+        step(model, twin, ids)
+    assert torch.allclose(step(model, twin, drawn(999)), logits, atol=1e-4)
 
 
 def test_forks_share_closed_pages_and_copy_the_open_one():
@@ -79,7 +77,7 @@ def test_forks_share_closed_pages_and_copy_the_open_one():
     assert used[0][:2] == used[1][:2] == used[2][:2]
     assert len({pages[2] for pages in used}) == ROWS
     assert [kv.store.refcount(p) for p in used[0]] == [3, 3, 1]
-    a = step(model, cache, 1, same=True)
+    a = step(model, cache, drawn(1)[:1].expand(ROWS, 1))
     assert torch.allclose(a, a[:1].expand_as(a), atol=1e-5)
     kv.check_integrity()
     store = kv.store
@@ -95,7 +93,7 @@ def test_crop_of_a_shared_page_copies_it_first():
     cache.crop(-5)
     kv = cache.executor.cache
     assert len({pages[2] for pages in kv.pages}) == ROWS
-    before = step(model, cache, 3, same=True)
+    before = step(model, cache, drawn(3)[:1].expand(ROWS, 1))
     assert torch.allclose(before, before[:1].expand_as(before), atol=1e-5)
     kv.check_integrity()
 
