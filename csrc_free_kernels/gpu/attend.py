@@ -1,13 +1,18 @@
 """Partial attention of one decode step over selected KV blocks, read straight from the pool by slot."""
 
-import torch
+from typing import Any
+
 import triton
 import triton.language as tl
 from torch import Tensor
 
-NUM_WARPS = 4  # one row of 16-row MMA tiles: more warps would only split the keys of a block further
-ROOM_BYTES = 16384  # shared memory for q, p and reductions beside the blocks in flight
-DEEP_STAGES = 3  # a block is computed while the next two load (64 KiB at C = 64, D = 128)
+from csrc_free_kernels.gpu.overlap import begin, overlap
+from csrc_free_kernels.launch import launch_of, shared_bytes
+
+NUM_WARPS = 4  # one row of 16-row MMA tiles: more warps would only split the keys of a tile further
+TILE_BYTES = 16384  # of keys, and of values, worked on at once: 64 tokens at D = 128 in 16 bits
+STAGES = 3  # a tile is computed while the next two load (64 KiB with the usual tiles)
+ROOM_BYTES = 16384  # shared memory for q, p and reductions beside the tiles in flight
 
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
@@ -24,6 +29,90 @@ def cap_logits(x, soft_cap):
     return soft_cap * tl.where(s < 0.04, small, tl.where(y < 0, -large, large))
 
 
+# Attention of the G heads of one KV head over the present blocks among s = i_t, i_t + T, ...
+# p_q [B, Hq, D]; p_k, p_v [L, C, D] with token stride D; p_ids, p_slots [S] of this (row, KV head).
+# Returns out [BLOCK_G, BLOCK_D], normalised, and lse [BLOCK_G], natural log: 0 and -inf without keys.
+@triton.jit
+def attend_split(
+    p_q, p_k, p_v, p_ids, p_slots, p_seq_lens, softmax_scale, soft_cap, window, i_b, i_h, i_t,
+    stride_qb, stride_qh, stride_k, stride_v,
+    G: tl.constexpr, D: tl.constexpr, C: tl.constexpr, S: tl.constexpr, T: tl.constexpr,
+    BLOCK_G: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_S: tl.constexpr,
+    HAS_CAP: tl.constexpr, HAS_WINDOW: tl.constexpr, UPCAST_DOT: tl.constexpr,
+):  # fmt: skip
+    o_g = tl.arange(0, BLOCK_G)
+    o_d = tl.arange(0, BLOCK_D)
+    o_c = tl.arange(0, BLOCK_C)
+    m_g = o_g < G
+    m_d = o_d < D
+    # loads that do not wait for each other first
+    o_s = tl.arange(0, BLOCK_S) * T + i_t
+    b_slots = tl.load(p_slots + o_s, mask=o_s < S, other=-1)
+    b_ids = tl.load(p_ids + o_s, mask=o_s < S, other=0)
+    seq_len = tl.load(p_seq_lens + i_b)
+    p_row = p_q + i_b * stride_qb + (i_h * G + o_g[:, None]) * stride_qh + o_d[None, :]
+    b_q = tl.load(p_row, mask=m_g[:, None] & m_d[None, :], other=0.0)
+    if UPCAST_DOT:
+        b_q = b_q.to(tl.float32)
+    m_s = b_slots >= 0
+    # Slot and id of a block in one word. The loop picks them from registers: a load there would be pipelined
+    # too, and leave one buffer fewer for the blocks themselves.
+    b_word = (b_slots.to(tl.int64) << 32) | b_ids.to(tl.int64)
+    b_rank = tl.where(m_s, tl.cumsum(m_s.to(tl.int32), 0), 0)  # the i-th present block has rank i + 1
+    num_blocks = tl.max(b_rank, 0)
+
+    b_m = tl.full([BLOCK_G], float("-inf"), tl.float32)
+    b_l = tl.zeros([BLOCK_G], tl.float32)
+    b_o = tl.zeros([BLOCK_G, BLOCK_D], tl.float32)
+    PIECES: tl.constexpr = (C + BLOCK_C - 1) // BLOCK_C
+    for i in range(num_blocks * PIECES):
+        word = tl.sum(tl.where(b_rank == i // PIECES + 1, b_word, 0), 0)
+        slot = word >> 32
+        o_token = i % PIECES * BLOCK_C + o_c
+        pos = word.to(tl.int32) * C + o_token
+        m_c = (o_token < C) & (pos < seq_len)
+        if HAS_WINDOW:
+            m_c = m_c & (pos > seq_len - 1 - window)
+        o_kv = o_token[:, None] * D + o_d[None, :]
+        m_kv = m_c[:, None] & m_d[None, :]
+        b_k = tl.load(p_k + slot * stride_k + o_kv, mask=m_kv, other=0.0)
+        b_v = tl.load(p_v + slot * stride_v + o_kv, mask=m_kv, other=0.0)
+        if UPCAST_DOT:
+            b_k = b_k.to(tl.float32)
+            b_v = b_v.to(tl.float32)
+        b_x = softmax_scale * tl.dot(b_q, tl.trans(b_k), input_precision="ieee")  # [BLOCK_G, BLOCK_C]
+        if HAS_CAP:
+            b_x = cap_logits(b_x, soft_cap)
+        b_x = tl.where(m_c[None, :], b_x * LOG2E, float("-inf"))
+        b_max = tl.maximum(b_m, tl.max(b_x, 1))
+        b_shift = tl.where(b_max == float("-inf"), 0.0, b_max)
+        b_decay = tl.exp2(b_m - b_shift)
+        b_p = tl.exp2(b_x - b_shift[:, None])
+        b_l = b_l * b_decay + tl.sum(b_p, 1)
+        b_o = tl.dot(b_p.to(b_v.dtype), b_v, b_o * b_decay[:, None], input_precision="ieee")
+        b_m = b_max
+
+    m_any = b_l != 0  # NaN among the keys counts, and must reach the result
+    b_l = tl.where(m_any, b_l, 1.0)
+    b_lse = tl.where(m_any, (b_m + tl.log2(b_l)) * LN2, float("-inf"))
+    return b_o / b_l[:, None], b_lse
+
+
+# Writes one part: p_out [Hq, D] and p_lse [Hq] of one row.
+@triton.jit
+def store_part(
+    p_out, p_lse, b_o, b_lse, i_h, stride_oh, stride_lh,
+    G: tl.constexpr, D: tl.constexpr, BLOCK_G: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    o_g = tl.arange(0, BLOCK_G)
+    o_d = tl.arange(0, BLOCK_D)
+    o_h = i_h * G + o_g
+    p_o = p_out + o_h[:, None] * stride_oh + o_d[None, :]
+    tl.store(p_o, b_o, mask=(o_g < G)[:, None] & (o_d < D)[None, :])
+    tl.store(p_lse + o_h * stride_lh, b_lse, mask=o_g < G)
+
+
+# Grid (B * Hkv, T). p_ids, p_slots [B, Hkv, S]; p_out [T, B, Hq, D]; p_lse [T, B, Hq].
 @triton.jit
 def attend_kernel(
     p_q, p_k, p_v, p_ids, p_slots, p_seq_lens, p_out, p_lse,
@@ -32,81 +121,21 @@ def attend_kernel(
     stride_ot, stride_ob, stride_oh, stride_lt, stride_lb, stride_lh,
     H_KV: tl.constexpr, G: tl.constexpr, D: tl.constexpr, C: tl.constexpr, S: tl.constexpr, T: tl.constexpr,
     BLOCK_G: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_S: tl.constexpr,
-    HAS_CAP: tl.constexpr, HAS_WINDOW: tl.constexpr, UPCAST_DOT: tl.constexpr,
+    HAS_CAP: tl.constexpr, HAS_WINDOW: tl.constexpr, UPCAST_DOT: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    # Grid (B * Hkv, T). One program: the G heads of a KV head over the present blocks among s = t, t+T, ...
-    # p_q [B, Hq, D]; p_k, p_v [L, C, D] with token stride D; p_ids, p_slots [B, Hkv, S]; p_out [T, B, Hq, D].
+    begin(PDL)
     i_bh = tl.program_id(0).to(tl.int64)
-    i_t = tl.program_id(1).to(tl.int64)
+    i_t = tl.program_id(1)
     i_b = i_bh // H_KV
     i_h = i_bh % H_KV
-    o_g = tl.arange(0, BLOCK_G)
-    o_d = tl.arange(0, BLOCK_D)
-    o_c = tl.arange(0, BLOCK_C)
-    m_g = o_g < G
-    m_d = o_d < D
-
-    p_ids += i_b * stride_ib + i_h * stride_ih
-    p_slots += i_b * stride_sb + i_h * stride_sh
-    o_s = tl.arange(0, BLOCK_S) * T + i_t.to(tl.int32)
-    b_slots = tl.load(p_slots + o_s, mask=o_s < S, other=-1)
-    m_s = b_slots >= 0
-    # Slot and id of a block in one word. The loop picks them from registers: a load there would be pipelined
-    # too, and leave one buffer fewer for the blocks themselves.
-    b_word = (b_slots.to(tl.int64) << 32) | tl.load(p_ids + o_s, mask=m_s, other=0).to(tl.int64)
-    b_rank = tl.where(m_s, tl.cumsum(m_s.to(tl.int32), 0), 0)  # the i-th present block has rank i + 1
-    num_blocks = tl.max(b_rank, 0)
-
-    b_m = tl.full([BLOCK_G], float("-inf"), tl.float32)
-    b_l = tl.zeros([BLOCK_G], tl.float32)
-    b_o = tl.zeros([BLOCK_G, BLOCK_D], tl.float32)
-    if num_blocks > 0:
-        seq_len = tl.load(p_seq_lens + i_b)
-        p_row = p_q + i_b * stride_qb + (i_h * G + o_g[:, None]) * stride_qh + o_d[None, :]
-        b_q = tl.load(p_row, mask=m_g[:, None] & m_d[None, :], other=0.0)
-        if UPCAST_DOT:
-            b_q = b_q.to(tl.float32)
-        for i in range(num_blocks):
-            word = tl.sum(tl.where(b_rank == i + 1, b_word, 0), 0)
-            slot = word >> 32
-            pos = word.to(tl.int32) * C + o_c
-            m_c = (o_c < C) & (pos < seq_len)
-            if HAS_WINDOW:
-                m_c = m_c & (pos > seq_len - 1 - window)
-            o_kv = o_c[:, None] * D + o_d[None, :]
-            m_kv = m_c[:, None] & m_d[None, :]
-            b_k = tl.load(p_k + slot * stride_k + o_kv, mask=m_kv, other=0.0)
-            b_v = tl.load(p_v + slot * stride_v + o_kv, mask=m_kv, other=0.0)
-            if UPCAST_DOT:
-                b_k = b_k.to(tl.float32)
-                b_v = b_v.to(tl.float32)
-            b_x = softmax_scale * tl.dot(b_q, tl.trans(b_k), input_precision="ieee")  # [BLOCK_G, BLOCK_C]
-            if HAS_CAP:
-                b_x = cap_logits(b_x, soft_cap)
-            b_x = tl.where(m_c[None, :], b_x * LOG2E, float("-inf"))
-            b_max = tl.maximum(b_m, tl.max(b_x, 1))
-            b_shift = tl.where(b_max == float("-inf"), 0.0, b_max)
-            b_decay = tl.exp2(b_m - b_shift)
-            b_p = tl.exp2(b_x - b_shift[:, None])
-            b_l = b_l * b_decay + tl.sum(b_p, 1)
-            b_o = tl.dot(b_p.to(b_v.dtype), b_v, b_o * b_decay[:, None], input_precision="ieee")
-            b_m = b_max
-
-    m_any = b_l != 0  # NaN among the keys counts, and must reach the result
-    b_l = tl.where(m_any, b_l, 1.0)
-    b_o = b_o / b_l[:, None]
-    b_lse = tl.where(m_any, (b_m + tl.log2(b_l)) * LN2, float("-inf"))
-    o_h = i_h * G + o_g
-    p_o = p_out + i_t * stride_ot + i_b * stride_ob + o_h[:, None] * stride_oh + o_d[None, :]
-    tl.store(p_o, b_o, mask=m_g[:, None] & m_d[None, :])
-    tl.store(p_lse + i_t * stride_lt + i_b * stride_lb + o_h * stride_lh, b_lse, mask=m_g)
-
-
-def shared_bytes(device: torch.device) -> int:
-    """Shared memory that one program may use; 0 on the CPU, where it does not matter."""
-    if device.type == "cpu":
-        return 0
-    return torch.cuda.get_device_properties(device).shared_memory_per_block_optin  # type: ignore[attr-defined]
+    b_o, b_lse = attend_split(
+        p_q, p_k, p_v, p_ids + i_b * stride_ib + i_h * stride_ih, p_slots + i_b * stride_sb + i_h * stride_sh,
+        p_seq_lens, softmax_scale, soft_cap, window, i_b, i_h, i_t, stride_qb, stride_qh, stride_k, stride_v,
+        G, D, C, S, T, BLOCK_G, BLOCK_D, BLOCK_C, BLOCK_S, HAS_CAP, HAS_WINDOW, UPCAST_DOT,
+    )  # fmt: skip
+    p_out += i_t.to(tl.int64) * stride_ot + i_b * stride_ob
+    p_lse += i_t.to(tl.int64) * stride_lt + i_b * stride_lb
+    store_part(p_out, p_lse, b_o, b_lse, i_h, stride_oh, stride_lh, G, D, BLOCK_G, BLOCK_D)
 
 
 def attend(
@@ -140,20 +169,32 @@ def attend(
         soft_cap: None, or the logit becomes soft_cap * tanh(logit / soft_cap).
         window: None, or only the last `window` tokens count.
     """
-    (num_splits, batch, num_q_heads, head_dim), (_, num_kv_heads, num_ids) = out.shape, block_ids.shape
-    block_size, group_size = k_pool.shape[1], num_q_heads // num_kv_heads
-    block_d = triton.next_power_of_2(head_dim)
-    block_bytes = 2 * max(16, block_size) * block_d * q.element_size()
-    deep = (DEEP_STAGES - 1) * block_bytes + ROOM_BYTES <= shared_bytes(q.device)
+    num_splits, batch, num_kv_heads = out.shape[0], q.shape[0], block_ids.shape[1]
     attend_kernel[(batch * num_kv_heads, num_splits)](
         q, k_pool, v_pool, block_ids, block_slots, seq_lens, out, lse,
         softmax_scale, 1.0 if soft_cap is None else soft_cap, 0 if window is None else window,
-        q.stride(0), q.stride(1), k_pool.stride(0), v_pool.stride(0),
-        block_ids.stride(0), block_ids.stride(1), block_slots.stride(0), block_slots.stride(1),
-        out.stride(0), out.stride(1), out.stride(2), lse.stride(0), lse.stride(1), lse.stride(2),
-        H_KV=num_kv_heads, G=group_size, D=head_dim, C=block_size, S=num_ids, T=num_splits,
-        BLOCK_G=max(16, triton.next_power_of_2(group_size)), BLOCK_D=block_d, BLOCK_C=max(16, block_size),
-        BLOCK_S=triton.next_power_of_2(triton.cdiv(num_ids, num_splits)),
-        HAS_CAP=soft_cap is not None, HAS_WINDOW=window is not None, UPCAST_DOT=q.device.type == "cpu",
-        num_warps=NUM_WARPS, num_stages=DEEP_STAGES if deep else 2,
+        *q.stride()[:2], k_pool.stride(0), v_pool.stride(0), *block_ids.stride()[:2], *block_slots.stride()[:2],
+        *out.stride()[:3], *lse.stride(),
+        **attend_sizes(q, k_pool, block_ids, num_splits), HAS_CAP=soft_cap is not None, HAS_WINDOW=window is not None,
+        **overlap(q.device),
     )  # fmt: skip
+
+
+def attend_sizes(q: Tensor, k_pool: Tensor, block_ids: Tensor, num_splits: int) -> dict[str, Any]:
+    """Constexpr sizes and launch options of a kernel that attends in `num_splits` splits."""
+    (rows, num_q_heads, dim), (_, heads, num_ids) = q.shape, block_ids.shape
+    block_size, group = k_pool.shape[1], num_q_heads // heads
+    block_d, itemsize = triton.next_power_of_2(dim), q.element_size()
+    use = {"num_warps": NUM_WARPS, "num_stages": STAGES, "tokens": TILE_BYTES // (block_d * itemsize)}
+    if itemsize > 2:  # without tensor cores the products take more registers: other choices spill
+        use |= {"num_warps": 2 * NUM_WARPS, "num_stages": 2}
+    use |= launch_of("attend", q.device, rows * heads, dim=block_d, block_size=block_size, itemsize=itemsize)
+    block_c = max(16, min(block_size, use["tokens"]))
+    room = shared_bytes(q.device) - ROOM_BYTES
+    return {
+        "H_KV": heads, "G": group, "D": dim, "C": block_size, "S": num_ids, "T": num_splits,
+        "BLOCK_G": max(16, triton.next_power_of_2(group)), "BLOCK_D": block_d, "BLOCK_C": block_c,
+        "BLOCK_S": triton.next_power_of_2(triton.cdiv(num_ids, num_splits)),
+        "UPCAST_DOT": q.device.type == "cpu",
+        "num_warps": use["num_warps"], "num_stages": max(2, min(use["num_stages"], 1 + room // (2 * block_c * block_d * itemsize))),
+    }  # fmt: skip

@@ -7,7 +7,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from csrc_free_kernels.gpu.attend import LN2, LOG2E, cap_logits, shared_bytes
+from csrc_free_kernels.gpu.attend import LN2, LOG2E, cap_logits
+from csrc_free_kernels.launch import shared_bytes
 
 
 @triton.jit

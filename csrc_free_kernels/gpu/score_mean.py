@@ -20,12 +20,12 @@ LOWEST = tl.constexpr(-3.0e38)  # finite stand-in for -inf, so that differences 
 # Returns whether this program is the last of its (row, head): it may then read what all of them wrote.
 @triton.jit
 def unit_logits(
-    q, summary, host_table, seq_lens, logits, arrivals, softmax_scale, max_units, unit_tokens, i_b, i_h,
+    q, summary, host_table, seq_len, logits, arrivals, softmax_scale, max_units, unit_tokens, i_b, i_h,
     stride_qb, stride_qh, stride_sp, stride_sh, stride_sw, stride_tb, stride_lb, stride_lh,
     G: tl.constexpr, G_P: tl.constexpr, D: tl.constexpr, D_P: tl.constexpr, W: tl.constexpr,
     TILE: tl.constexpr, UPCAST_DOT: tl.constexpr,
 ):  # fmt: skip
-    num_units = tl.minimum(tl.load(seq_lens + i_b) // unit_tokens, max_units)
+    num_units = tl.minimum(seq_len // unit_tokens, max_units)
     o_g = tl.arange(0, G_P)
     o_d = tl.arange(0, D_P)
     m_g = o_g < G
@@ -34,10 +34,11 @@ def unit_logits(
     b_q = tl.load(p_q, mask=m_g[:, None] & m_d[None, :], other=0.0)
     if UPCAST_DOT:
         b_q = b_q.to(tl.float32)
-    for i_start in range(tl.program_id(1) * TILE, num_units, tl.num_programs(1) * TILE):
+    for i_start in range(tl.program_id(1) * TILE, max_units, tl.num_programs(1) * TILE):
         o_u = i_start + tl.arange(0, TILE)
         m_u = o_u < num_units
-        b_page = tl.load(host_table + i_b * stride_tb + o_u // W, mask=m_u, other=0)
+        # as far as the table goes, so that this load need not wait for the length
+        b_page = tl.load(host_table + i_b * stride_tb + o_u // W, mask=o_u < max_units, other=0)
         b_page = tl.maximum(b_page, 0).to(tl.int64)
         p_k = summary + b_page * stride_sp + i_h * stride_sh + (o_u % W) * stride_sw
         b_k = tl.load(p_k[:, None] + o_d[None, :], mask=m_u[:, None] & m_d[None, :], other=0.0)
@@ -46,10 +47,18 @@ def unit_logits(
         b_logits = tl.dot(b_q, tl.trans(b_k), input_precision="ieee") * softmax_scale
         p_logits = logits + i_b * stride_lb + (i_h * G + o_g)[:, None] * stride_lh + o_u[None, :]
         tl.store(p_logits, b_logits, mask=m_g[:, None] & m_u[None, :])
-    tl.debug_barrier()  # every thread's logits are written before the one atomic that releases them
-    is_last = tl.atomic_add(arrivals + tl.program_id(0), 1, sem="acq_rel") == tl.num_programs(1) - 1
-    if is_last:
-        tl.store(arrivals + tl.program_id(0), 0)
+    return arrive(arrivals + tl.program_id(0))
+
+
+# Counts the programs of a (row, head) in; true for the last of them, which may then read what all wrote.
+@triton.jit
+def arrive(p_arrivals):
+    tl.debug_barrier()  # every thread's results are written before the one atomic that releases them
+    is_last = tl.num_programs(1) == 1
+    if not is_last:
+        is_last = tl.atomic_add(p_arrivals, 1, sem="acq_rel") == tl.num_programs(1) - 1
+        if is_last:
+            tl.store(p_arrivals, 0)
     return is_last
 
 
@@ -66,6 +75,25 @@ def finish_softmax(b_max, b_sum):
     b_top = tl.max(b_max, axis=1)
     b_total = tl.sum(b_sum * tl.exp(b_max - b_top[:, None]), axis=1)
     return b_top, tl.where(b_total > 0, 1.0 / tl.where(b_total > 0, b_total, 1.0), 0.0)
+
+
+# As pool_mean, where one tile holds all blocks; also returns the scores [TILE].
+@triton.jit
+def pool_mean_at_once(
+    p_logits, p_scores, num_closed, num_blocks, stride_lh,
+    G: tl.constexpr, G_P: tl.constexpr, TILE: tl.constexpr,
+):  # fmt: skip
+    o_g = tl.arange(0, G_P)
+    o_n = tl.arange(0, TILE)
+    m_n = o_n < num_closed
+    p_rows = p_logits + o_g[:, None] * stride_lh + o_n[None, :]
+    b_x = tl.load(p_rows, mask=(o_g < G)[:, None] & m_n[None, :], other=float("-inf"))
+    b_weight = tl.exp(b_x - tl.maximum(tl.max(b_x, axis=1), LOWEST)[:, None])
+    b_total = tl.sum(b_weight, axis=1)
+    b_weight = b_weight / tl.where(b_total > 0, b_total, 1.0)[:, None]
+    b_score = tl.where(m_n, tl.sum(b_weight, axis=0) / G, float("-inf"))
+    tl.store(p_scores + o_n, b_score, mask=o_n < num_blocks)
+    return b_score
 
 
 # Softmax of the logits of one (row, head) over the closed blocks, averaged over the group.
@@ -106,13 +134,14 @@ def score_mean_kernel(
 ):  # fmt: skip
     i_b = (tl.program_id(0) // Hkv).to(tl.int64)
     i_h = (tl.program_id(0) % Hkv).to(tl.int64)
+    seq_len = tl.load(seq_lens + i_b)
     is_last = unit_logits(
-        q, summary, host_table, seq_lens, logits, arrivals, softmax_scale, num_blocks, block_size, i_b, i_h,
+        q, summary, host_table, seq_len, logits, arrivals, softmax_scale, num_blocks, block_size, i_b, i_h,
         stride_qb, stride_qh, stride_sp, stride_sh, stride_sw, stride_tb, stride_lb, stride_lh,
         G, G_P, D, D_P, 1, TILE, UPCAST_DOT,
     )  # fmt: skip
     if is_last:
-        num_closed = tl.minimum(tl.load(seq_lens + i_b) // block_size, num_blocks)
+        num_closed = tl.minimum(seq_len // block_size, num_blocks)
         p_logits = logits + i_b * stride_lb + i_h * G * stride_lh
         p_scores = block_scores + i_b * stride_bb + i_h * stride_bh
         pool_mean(p_logits, p_scores, num_closed, num_blocks, stride_lh, G, G_POOL, POOL_TILE)

@@ -9,19 +9,17 @@ PROGRAMS = 512  # programs worth launching, about 4 an SM: small batches are spl
 WARPS = 4
 
 
-# Grid (B * Hkv, splits): bounds of the blocks of one (row, head), tiles dealt out to the splits.
+# Bounds of the blocks of one (row, head), tiles dealt out to the splits.
 # q [B, Hq, D], summary [P, Hkv, 2, D], host_table [B, N] -> block_scores fp32 [B, Hkv, N].
 # As max >= min, max(q * max, q * min) is q+ * max + q- * min: no [G, TILE, D] product is needed.
 @triton.jit
-def score_minmax_kernel(
-    q, summary, host_table, seq_lens, block_scores, softmax_scale, num_blocks, block_size, Hkv,
+def bounds(
+    q, summary, host_table, seq_len, block_scores, softmax_scale, num_blocks, block_size, i_b, i_h,
     stride_qb, stride_qh, stride_sp, stride_sh, stride_sw, stride_tb, stride_bb, stride_bh,
     G: tl.constexpr, G_P: tl.constexpr, D: tl.constexpr, D_P: tl.constexpr,
     TILE: tl.constexpr, UPCAST_DOT: tl.constexpr,
 ):  # fmt: skip
-    i_b = (tl.program_id(0) // Hkv).to(tl.int64)
-    i_h = (tl.program_id(0) % Hkv).to(tl.int64)
-    num_closed = tl.minimum(tl.load(seq_lens + i_b) // block_size, num_blocks)
+    num_closed = tl.minimum(seq_len // block_size, num_blocks)
     o_g = tl.arange(0, G_P)
     o_d = tl.arange(0, D_P)
     m_g = (o_g < G)[:, None]
@@ -37,9 +35,8 @@ def score_minmax_kernel(
         o_n = i_start + tl.arange(0, TILE)
         m_n = o_n < num_closed
         b_page = tl.load(host_table + i_b * stride_tb + o_n, mask=m_n, other=0)
-        p_max = (
-            summary + tl.maximum(b_page, 0).to(tl.int64)[:, None] * stride_sp + i_h * stride_sh + o_d[None, :]
-        )
+        b_page = tl.maximum(b_page, 0).to(tl.int64)
+        p_max = summary + b_page[:, None] * stride_sp + i_h * stride_sh + o_d[None, :]
         b_high = tl.load(p_max, mask=m_n[:, None] & m_d, other=0.0)
         b_low = tl.load(p_max + stride_sw, mask=m_n[:, None] & m_d, other=0.0)
         if UPCAST_DOT:
@@ -50,6 +47,23 @@ def score_minmax_kernel(
         b_score = tl.max(tl.where(m_g, b_bound, float("-inf")), axis=0)
         b_score = tl.where(m_n, b_score, float("-inf"))
         tl.store(block_scores + i_b * stride_bb + i_h * stride_bh + o_n, b_score, mask=o_n < num_blocks)
+
+
+# Grid (B * Hkv, splits).
+@triton.jit
+def score_minmax_kernel(
+    q, summary, host_table, seq_lens, block_scores, softmax_scale, num_blocks, block_size, Hkv,
+    stride_qb, stride_qh, stride_sp, stride_sh, stride_sw, stride_tb, stride_bb, stride_bh,
+    G: tl.constexpr, G_P: tl.constexpr, D: tl.constexpr, D_P: tl.constexpr,
+    TILE: tl.constexpr, UPCAST_DOT: tl.constexpr,
+):  # fmt: skip
+    i_b = (tl.program_id(0) // Hkv).to(tl.int64)
+    i_h = (tl.program_id(0) % Hkv).to(tl.int64)
+    bounds(
+        q, summary, host_table, tl.load(seq_lens + i_b), block_scores, softmax_scale, num_blocks, block_size, i_b, i_h,
+        stride_qb, stride_qh, stride_sp, stride_sh, stride_sw, stride_tb, stride_bb, stride_bh,
+        G, G_P, D, D_P, TILE, UPCAST_DOT,
+    )  # fmt: skip
 
 
 def score_minmax(

@@ -63,13 +63,14 @@ def score_windows_kernel(
 ):  # fmt: skip
     i_b = (tl.program_id(0) // Hkv).to(tl.int64)
     i_h = (tl.program_id(0) % Hkv).to(tl.int64)
+    seq_len = tl.load(seq_lens + i_b)
     is_last = unit_logits(
-        q, summary, host_table, seq_lens, logits, arrivals, softmax_scale, num_blocks * W, unit_tokens, i_b, i_h,
+        q, summary, host_table, seq_len, logits, arrivals, softmax_scale, num_blocks * W, unit_tokens, i_b, i_h,
         stride_qb, stride_qh, stride_sp, stride_sh, stride_sw, stride_tb, stride_lb, stride_lh,
         G, G_P, D, D_P, W, TILE, UPCAST_DOT,
     )  # fmt: skip
     if is_last:
-        num_units = tl.minimum(tl.load(seq_lens + i_b) // unit_tokens, num_blocks * W)
+        num_units = tl.minimum(seq_len // unit_tokens, num_blocks * W)
         p_logits = logits + i_b * stride_lb + i_h * G * stride_lh
         p_scores = block_scores + i_b * stride_bb + i_h * stride_bh
         pool_windows(p_logits, p_scores, num_units, num_blocks, stride_lh, G, G_POOL, W, POOL_TILE)

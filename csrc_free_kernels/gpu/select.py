@@ -4,6 +4,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from csrc_free_kernels.gpu.counts import count_three
 from csrc_free_kernels.reference.select import check_arguments
 
 MAX_BLOCKS = 32768  # a row is held in registers: 32 values a thread at this size
@@ -21,18 +22,26 @@ def sortable(b_x):
 
 
 # Marks the `count` largest keys, ties to the lower index; `count` >= 1 and as many keys are above LOWEST_KEY.
+# Two bits of the threshold a round; the search ends once exactly `count` keys are at or above it, so only a
+# tie goes to the last bits. Rows of up to 512 keys are best held by one warp, whose sums need no barrier.
 @triton.jit
-def best(b_key, count):
+def best(b_key, count, N_P: tl.constexpr):
     b_threshold = tl.full((), LOWEST_KEY, tl.int32)
     b_reached = tl.full((), 2**31 - 1, tl.int32)  # how many keys are at or above the threshold
-    b_bit = tl.full((), 31, tl.int32)
-    # the search ends once exactly `count` keys are at or above the threshold: only a tie goes to the last bit
+    b_bit = tl.full((), 30, tl.int32)
     while (b_bit >= 0) & (b_reached != count):
-        b_trial = b_threshold ^ (tl.full((), 1, tl.int32) << b_bit)
-        b_above = tl.sum((b_key >= b_trial).to(tl.int32), axis=0)
-        b_threshold = tl.where(b_above >= count, b_trial, b_threshold)
-        b_reached = tl.where(b_above >= count, b_above, b_reached)
-        b_bit -= 1
+        b_step = tl.full((), 1, tl.int32) << b_bit
+        b_1 = b_threshold ^ b_step
+        b_2 = b_threshold ^ (b_step << 1)
+        b_3 = b_2 ^ b_step
+        n_1, n_2, n_3 = count_three(b_key >= b_1, b_key >= b_2, b_key >= b_3, N_P)
+        b_reached = tl.where(n_1 >= count, n_1, b_reached)
+        b_reached = tl.where(n_2 >= count, n_2, b_reached)
+        b_reached = tl.where(n_3 >= count, n_3, b_reached)
+        b_new = tl.where(n_1 >= count, b_1, b_threshold)
+        b_new = tl.where(n_2 >= count, b_2, b_new)
+        b_threshold = tl.where(n_3 >= count, b_3, b_new)
+        b_bit -= 2
     m_best = b_key >= b_threshold
     if b_reached > count:
         m_tie = b_key == b_threshold
@@ -42,55 +51,87 @@ def best(b_key, count):
     return m_best
 
 
-# Grid (B * Hkv), one (row, head) a program. block_scores, heat fp32 [B, Hkv, N]; selected_blocks [B, Hkv, S]
-# and num_selected [B, Hkv] contiguous. N_P and S_P are N and S rounded up to powers of two.
+# The blocks that a row of `nb` blocks attends to, as a mask [N_P]: forced, best scores, hottest.
+@triton.jit
+def choose(
+    b_score, b_heat, nb,
+    SINK: tl.constexpr, RECENT: tl.constexpr, QUERY: tl.constexpr, AGNOSTIC: tl.constexpr,
+    S: tl.constexpr, N_P: tl.constexpr,
+):  # fmt: skip
+    o_n = tl.arange(0, N_P)
+    m_n = o_n < nb
+    m_chosen = m_n
+    if nb > S:
+        m_chosen = (o_n < SINK) | ((o_n >= nb - RECENT) & m_n)
+        if QUERY > 0:
+            b_key = tl.where(m_n & ~m_chosen, sortable(b_score), LOWEST_KEY)
+            m_chosen = m_chosen | best(b_key, QUERY, N_P)
+        if AGNOSTIC > 0:
+            b_key = tl.where(m_n & ~m_chosen, sortable(b_heat), LOWEST_KEY)
+            m_chosen = m_chosen | best(b_key, AGNOSTIC, N_P)
+    return m_chosen
+
+
+# Lists the blocks that one (row, head) attends to, ascending and then -1; returns how many there are.
+@triton.jit
+def select_blocks(
+    b_score, b_heat, nb, p_selected, p_num,
+    SINK: tl.constexpr, RECENT: tl.constexpr, QUERY: tl.constexpr, AGNOSTIC: tl.constexpr,
+    S: tl.constexpr, S_P: tl.constexpr, N_P: tl.constexpr,
+):  # fmt: skip
+    o_s = tl.arange(0, S_P)
+    b_count = tl.where(nb <= S, nb, SINK + RECENT + QUERY + AGNOSTIC)
+    if QUERY + AGNOSTIC == 0:
+        b_id = tl.where((nb <= S) | (o_s < SINK), o_s, o_s - SINK + nb - RECENT)
+        tl.store(p_selected + o_s, b_id, mask=o_s < b_count)
+    else:
+        m_chosen = choose(b_score, b_heat, nb, SINK, RECENT, QUERY, AGNOSTIC, S, N_P)
+        b_place = tl.cumsum(m_chosen.to(tl.int32), axis=0) - 1
+        tl.store(p_selected + b_place, tl.arange(0, N_P), mask=m_chosen)
+    tl.store(p_selected + o_s, tl.full([S_P], -1, tl.int32), mask=(o_s >= b_count) & (o_s < S))
+    tl.store(p_num, b_count)
+    return b_count
+
+
+# heat = decay * heat + normalised scores, for the blocks that exist.
+@triton.jit
+def fold_heat(p_heat, b_heat, b_score, m_n, heat_decay, NORMALISE: tl.constexpr):
+    m_finite = tl.abs(b_score) < float("inf")
+    if NORMALISE == "softmax":
+        b_score = tl.where(m_finite, b_score, float("-inf"))
+        b_score = tl.exp(b_score - tl.maximum(tl.max(b_score, axis=0), -3.0e38))
+    b_score = tl.where(m_finite, b_score, 0.0)
+    b_total = tl.sum(b_score, axis=0)
+    tl.store(p_heat, b_heat * heat_decay + b_score / tl.where(b_total == 0, 1.0, b_total), mask=m_n)
+
+
+# Grid (B * Hkv,), one (row, head) a program. block_scores, heat fp32 [B, Hkv, N]; selected_blocks
+# [B, Hkv, S] and num_selected [B, Hkv] contiguous. N_P and S_P are N and S rounded up to powers of two.
 @triton.jit
 def select_kernel(
-    block_scores, heat, seq_lens, selected_blocks, num_selected, block_size, heat_decay, num_blocks, Hkv,
+    block_scores, heat, seq_lens, selected_blocks, num_selected, block_size, heat_decay, Hkv,
     stride_sb, stride_sh, stride_hb, stride_hh,
     SINK: tl.constexpr, RECENT: tl.constexpr, QUERY: tl.constexpr, AGNOSTIC: tl.constexpr,
     NORMALISE: tl.constexpr, S: tl.constexpr, S_P: tl.constexpr, N_P: tl.constexpr,
 ):  # fmt: skip
     i_row = tl.program_id(0).to(tl.int64)
-    i_b = i_row // Hkv
-    i_h = i_row % Hkv
+    i_b, i_h = (tl.program_id(0) // Hkv).to(tl.int64), (tl.program_id(0) % Hkv).to(tl.int64)
     nb = (tl.load(seq_lens + i_b) + block_size - 1) // block_size
-    o_s = tl.arange(0, S_P)
     o_n = tl.arange(0, N_P)
-    p_selected = selected_blocks + i_row * S
     m_n = o_n < nb
+    b_score, b_heat = tl.zeros([N_P], tl.float32), tl.zeros([N_P], tl.float32)
     if (QUERY > 0) | (NORMALISE != "none"):
         p_scores = block_scores + i_b * stride_sb + i_h * stride_sh + o_n
+        b_score = tl.load(p_scores, mask=m_n, other=float("-inf"))
     if (AGNOSTIC > 0) | (NORMALISE != "none"):
         p_heat = heat + i_b * stride_hb + i_h * stride_hh + o_n
-    if (nb <= S) | (QUERY + AGNOSTIC == 0):
-        b_count = tl.where(nb <= S, nb, SINK + RECENT)
-        b_id = tl.where((nb <= S) | (o_s < SINK), o_s, o_s - SINK + nb - RECENT)
-        tl.store(p_selected + o_s, tl.where(o_s < b_count, b_id, -1), mask=o_s < S)
-        tl.store(num_selected + i_row, b_count)
-    else:
-        m_chosen = (o_n < SINK) | ((o_n >= nb - RECENT) & m_n)
-        if QUERY > 0:
-            b_key = sortable(tl.load(p_scores, mask=m_n, other=float("-inf")))
-            m_chosen = m_chosen | best(tl.where(m_n & ~m_chosen, b_key, LOWEST_KEY), QUERY)
-        if AGNOSTIC > 0:
-            b_key = sortable(tl.load(p_heat, mask=m_n, other=float("-inf")))
-            m_chosen = m_chosen | best(tl.where(m_n & ~m_chosen, b_key, LOWEST_KEY), AGNOSTIC)
-        b_place = tl.cumsum(m_chosen.to(tl.int32), axis=0) - 1
-        tl.store(p_selected + b_place, o_n, mask=m_chosen)
-        m_rest = (o_s >= SINK + RECENT + QUERY + AGNOSTIC) & (o_s < S)
-        tl.store(p_selected + o_s, tl.full([S_P], -1, tl.int32), mask=m_rest)
-        tl.store(num_selected + i_row, SINK + RECENT + QUERY + AGNOSTIC)
-    if NORMALISE != "none":
-        b_score = tl.load(p_scores, mask=m_n, other=float("-inf"))
-        m_finite = tl.abs(b_score) < float("inf")
-        if NORMALISE == "softmax":
-            b_score = tl.where(m_finite, b_score, float("-inf"))
-            b_score = tl.exp(b_score - tl.maximum(tl.max(b_score, axis=0), -3.0e38))
-        b_score = tl.where(m_finite, b_score, 0.0)
-        b_total = tl.sum(b_score, axis=0)
         b_heat = tl.load(p_heat, mask=m_n, other=0.0)
-        tl.store(p_heat, b_heat * heat_decay + b_score / tl.where(b_total == 0, 1.0, b_total), mask=m_n)
+    select_blocks(
+        b_score, b_heat, nb, selected_blocks + i_row * S, num_selected + i_row,
+        SINK, RECENT, QUERY, AGNOSTIC, S, S_P, N_P,
+    )  # fmt: skip
+    if NORMALISE != "none":
+        fold_heat(p_heat, b_heat, b_score, m_n, heat_decay, NORMALISE)
 
 
 def select(
@@ -129,8 +170,8 @@ def select(
         raise ValueError("scores and heat need a contiguous last dim, the outputs must be contiguous")
     padded = triton.next_power_of_2(num_blocks)
     select_kernel[(num_rows * num_kv_heads,)](
-        block_scores, heat, seq_lens, selected_blocks, num_selected, block_size, heat_decay, num_blocks,
-        num_kv_heads, *(block_scores.stride()[:2] if block_scores is not None else (0, 0)),
+        block_scores, heat, seq_lens, selected_blocks, num_selected, block_size, heat_decay, num_kv_heads,
+        *(block_scores.stride()[:2] if block_scores is not None else (0, 0)),
         *(heat.stride()[:2] if heat is not None else (0, 0)),
         SINK=sink_blocks, RECENT=recent_blocks, QUERY=query_blocks, AGNOSTIC=agnostic_blocks,
         NORMALISE=normalise, S=width, S_P=triton.next_power_of_2(width), N_P=padded,

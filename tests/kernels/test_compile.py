@@ -35,10 +35,10 @@ def ints(*shape):
 
 
 class World:
-    """The tensors of one layer, named as in the contracts: 4 rows, 2 KV heads, blocks of 64 tokens."""
+    """The tensors of one layer, named as in the contracts: 4 rows, 2 KV heads, N blocks of 64 tokens."""
 
-    def __init__(self, D=128, G=4, dtype=BF16, W=4):
-        B, H, C, N, S, P, L = 4, 2, 64, 512, 64, 2048, 1024
+    def __init__(self, D=128, G=4, dtype=BF16, W=4, N=512):
+        B, H, C, S, P, L = 4, 2, 64, 64, 2048, 1024
         self.q, self.k_new, self.chunk = (
             empty(B, H * G, D, dtype=dtype),
             empty(B, H, D, dtype=dtype),
@@ -133,6 +133,40 @@ class World:
         limits = {"block_size": 64, "sink_blocks": 1, "recent_blocks": 16}
         return (self.selected, self.num_selected, self.rows, *tables, *lists), limits
 
+    def sample(self, op="sample", dtype=BF16):
+        """64 rows of the largest vocabulary in use."""
+        longs, floats = empty(64, dtype=torch.int64), empty(64, dtype=FP32)
+        logits, scratch = empty(64, 256000, dtype=dtype), empty(64, 384, dtype=torch.int64)
+        rules = (longs, floats, ints(64), floats, longs) if op == "sample" else ()
+        return (logits, *rules, scratch, longs, ints(64)), {}
+
+    def decide(self, score, *, query=24, agnostic=23, normalise="sum"):
+        tables = (self.slot_of, self.block_in, self.last_used, self.slot_base, self.slot_count, self.step)
+        scratch = (self.logits, self.num_selected, self.scores)
+        lists = (self.slots, self.slots, self.loads, self.loads, self.load_count, self.counters)
+        args = (self.q, self.summary, self.heat, self.rows, self.host_table, *tables, *scratch)
+        shares = {"sink_blocks": 1, "recent_blocks": 16, "query_blocks": query, "agnostic_blocks": agnostic}
+        rest = {"softmax_scale": 0.1, "block_size": 64, "heat_decay": 0.98, "normalise": normalise}
+        return (*args, self.selected, self.num_selected, *lists), {"score": score} | shares | rest
+
+    def attend_merge(self, **kw):
+        ids = (self.selected, self.slots, self.rows, 5, self.parts, self.lse_parts, self.num_selected)
+        return (self.q, self.k_pool, self.v_pool, *ids, self.q[0, :, 0], self.q, self.lse_parts[0]), PLAIN | kw
+
+    def rms_norm(self, H, ahead=""):
+        x, weight = empty(4, H), empty(H)
+        more = {"residual": x} if ahead else {}
+        more |= {"branch_weight": weight} if ahead == "sandwich" else {}
+        return (x, weight, x), {"eps": 1e-5, "offset": int(ahead == "sandwich")} | more
+
+    def rope(self, D, normed=False):
+        qkv, angles = empty(4, 32 + 2 * 8, D), empty(4, D)
+        weights = (empty(D), empty(D)) if normed else ()
+        return (qkv[:, :32], qkv[:, 32:40], angles, angles, *weights), {"eps": 1e-6, "offset": 0}
+
+    def gated_act(self, act):
+        return (empty(4, 2 * 14336), empty(4, 14336)), {"act": act}
+
 
 # name: op, its arguments, architectures, whether 16-byte loads are claimed
 CASES = {
@@ -178,7 +212,39 @@ CASES = {
     "score_minmax": ("score_minmax", lambda: World(W=2).score(), (80, 90), False),
     "select-sum": ("select", lambda: World().select("sum"), (80, 90), False),
     "select-softmax": ("select", lambda: World().select("softmax"), (90,), False),
+    "sample": ("sample", lambda: World().sample(), (80, 90), True),
+    "sample-fp32": ("sample", lambda: World().sample(dtype=FP32), (80, 90), True),
+    "sample-fp16": ("sample", lambda: World().sample(dtype=torch.float16), (90,), True),
+    "sample_greedy": ("sample_greedy", lambda: World().sample("sample_greedy"), (80, 90), True),
     "resolve": ("resolve", lambda: World().resolve(), (80, 90), False),
+    "rms_norm": ("rms_norm", lambda: World().rms_norm(4096), (80, 90), True),
+    "rms_norm-residual": ("rms_norm", lambda: World().rms_norm(4096, "residual"), (80, 90), True),
+    "rms_norm-sandwich": ("rms_norm", lambda: World().rms_norm(3584, "sandwich"), (80, 90), True),
+    "rope": ("rope", lambda: World().rope(128), (80, 90), True),
+    "rope-normed-d256": ("rope", lambda: World().rope(256, normed=True), (80, 90), True),
+    "gated_act-silu": ("gated_act", lambda: World().gated_act("silu"), (80, 90), True),
+    "gated_act-gelu": ("gated_act", lambda: World().gated_act("gelu_tanh"), (90,), True),
+    "decide-mean": ("decide", lambda: World(W=1).decide("mean"), (80, 90), True),
+    "decide-mean-n256-g8": ("decide", lambda: World(W=1, N=256, G=8).decide("mean"), (90,), True),
+    "decide-mean-n2048": ("decide", lambda: World(W=1, N=2048).decide("mean"), (80, 90), True),
+    "decide-mean-n16384": ("decide", lambda: World(W=1, N=16384).decide("mean"), (90,), True),
+    "decide-windows": ("decide", lambda: World().decide("windows"), (80, 90), True),
+    "decide-minmax": ("decide", lambda: World(W=2).decide("minmax", normalise="softmax"), (80, 90), True),
+    "decide-given": ("decide", lambda: World().decide("given"), (90,), False),
+    "decide-none": (
+        "decide",
+        lambda: World().decide("none", query=0, agnostic=0, normalise="none"),
+        (90,),
+        False,
+    ),
+    "attend_merge": ("attend_merge", lambda: World().attend_merge(), (80, 89, 90), True),
+    "attend_merge-d256-window-cap": (
+        "attend_merge",
+        lambda: World(D=256).attend_merge(window=512, soft_cap=50.0),
+        (89, 90),
+        True,
+    ),
+    "attend_merge-fp32": ("attend_merge", lambda: World(dtype=FP32).attend_merge(), (90,), True),
 }
 
 
@@ -194,8 +260,13 @@ def compile_case(name: str, arch: int) -> list[dict]:
         get_current_stream=lambda device=0: 0,
     )
     triton.runtime.driver.set_active(driver)
-    limits = SimpleNamespace(shared_memory_per_block_optin=SHARED_BYTES[arch])
+    limits = SimpleNamespace(
+        shared_memory_per_block_optin=SHARED_BYTES[arch], major=arch // 10, minor=arch % 10
+    )
     torch.cuda.get_device_properties = lambda device=None: limits
+
+    for cached in ("arch_of", "shared_bytes"):  # of the architecture compiled before in this process
+        getattr(importlib.import_module("csrc_free_kernels.launch"), cached).cache_clear()
 
     compiled = []
 

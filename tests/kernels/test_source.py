@@ -67,7 +67,7 @@ def test_nothing_waits(name):
 @pytest.mark.parametrize("name", SOURCES)
 def test_imports_nothing_of_the_runtime(name):
     own = {"csrc_free_kernels", "torch", "triton", "numba", "numpy"}
-    standard = {"collections", "functools", "itertools", "math", "typing"}
+    standard = {"collections", "contextlib", "functools", "itertools", "json", "math", "pathlib", "typing"}
     assert imported_packages(tree_of(name)) <= own | standard
 
 

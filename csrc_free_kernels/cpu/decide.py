@@ -1,0 +1,77 @@
+"""numba `decide`: the three ops one after the other, as a launch costs little here."""
+
+from collections.abc import Callable
+from typing import Literal
+
+from torch import Tensor
+
+from csrc_free_kernels.cpu.resolve import resolve
+from csrc_free_kernels.cpu.score_mean import score_mean
+from csrc_free_kernels.cpu.score_minmax import score_minmax
+from csrc_free_kernels.cpu.score_windows import score_windows
+from csrc_free_kernels.cpu.select import select
+from csrc_free_kernels.reference.decide import check_score
+
+SCORERS: dict[str, Callable[..., None]] = {
+    "mean": score_mean,
+    "windows": score_windows,
+    "minmax": score_minmax,
+}
+
+
+def decide(
+    q: Tensor | None,
+    summary: Tensor | None,
+    heat: Tensor | None,
+    seq_lens: Tensor,
+    host_table: Tensor,
+    slot_of: Tensor,
+    block_in: Tensor,
+    last_used: Tensor,
+    slot_base: Tensor,
+    slot_count: Tensor,
+    step: Tensor,
+    logits: Tensor | None,
+    arrivals: Tensor | None,
+    block_scores: Tensor | None,
+    selected_blocks: Tensor,
+    num_selected: Tensor,
+    hit_slots: Tensor,
+    miss_slots: Tensor,
+    load_src: Tensor,
+    load_dst: Tensor,
+    load_count: Tensor,
+    counters: Tensor,
+    *,
+    score: Literal["mean", "windows", "minmax", "given", "none"],
+    softmax_scale: float,
+    block_size: int,
+    sink_blocks: int,
+    recent_blocks: int,
+    query_blocks: int,
+    agnostic_blocks: int,
+    heat_decay: float,
+    normalise: str,
+) -> None:
+    """Score, select and resolve: which blocks this step attends to, where they are, what must be loaded.
+
+    Arguments and errors as in `csrc_free_kernels/reference/decide.py`; `arrivals` is not used.
+    """
+    check_score(score)
+    if score in SCORERS:
+        assert q is not None and summary is not None and block_scores is not None
+        SCORERS[score](
+            q, summary, host_table, seq_lens, logits, arrivals, block_scores,
+            softmax_scale=softmax_scale, block_size=block_size,
+        )  # fmt: skip
+    select(
+        None if score == "none" else block_scores, heat, seq_lens, selected_blocks, num_selected,
+        block_size=block_size, sink_blocks=sink_blocks, recent_blocks=recent_blocks,
+        query_blocks=query_blocks, agnostic_blocks=agnostic_blocks, heat_decay=heat_decay,
+        normalise=normalise,
+    )  # fmt: skip
+    resolve(
+        selected_blocks, num_selected, seq_lens, host_table, slot_of, block_in, last_used, slot_base,
+        slot_count, step, hit_slots, miss_slots, load_src, load_dst, load_count, counters,
+        block_size=block_size, sink_blocks=sink_blocks, recent_blocks=recent_blocks,
+    )  # fmt: skip

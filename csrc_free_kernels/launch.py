@@ -1,0 +1,105 @@
+"""How kernels are launched: measured choices from `launch_table.json`, rules where it has none.
+
+The table is written by `python -m bench kernels --tune`. An entry names an op, an architecture, the features of
+a call and what to use; without an entry a wrapper takes its own default, which is correct everywhere.
+"""
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+
+TABLE = Path(__file__).with_name("launch_table.json")
+PROGRAMS = 264  # that keep a GPU busy: about two per multiprocessor of a large part
+MAX_SPLITS = 32
+
+
+@cache
+def entries() -> list[dict[str, Any]]:
+    """Return the table, read once; an entry is {"op", "arch", "heads", "features", "use"}."""
+    return list(json.loads(TABLE.read_text(encoding="utf-8")))
+
+
+@cache
+def arch_of(device: torch.device) -> int:
+    """Return the compute capability as one number, 90 for 9.0; 0 on the CPU."""
+    if device.type == "cpu":
+        return 0
+    properties = torch.cuda.get_device_properties(device)
+    return 10 * properties.major + properties.minor
+
+
+@cache
+def shared_bytes(device: torch.device) -> int:
+    """Return the shared memory that one program may use; 0 on the CPU, where it does not matter."""
+    if device.type == "cpu":
+        return 0
+    return int(torch.cuda.get_device_properties(device).shared_memory_per_block_optin)  # type: ignore[attr-defined]
+
+
+def launch_of(op: str, device: torch.device, heads: int, **features: int) -> dict[str, int]:
+    """Return what the table says of a call, or nothing.
+
+    Args:
+        op: name of the op.
+        device: where it runs.
+        heads: (row, KV head) pairs of the call. The entry for the next larger number counts, else the largest.
+        features: everything else an entry must match exactly.
+    """
+    return _find(op, arch_of(device), heads, tuple(sorted(features.items())))
+
+
+@cache
+def _find(op: str, arch: int, heads: int, features: tuple[tuple[str, int], ...]) -> dict[str, int]:
+    wanted = (op, arch, dict(features))
+    found = [e for e in entries() if (e["op"], e["arch"], e["features"]) == wanted]
+    if not found:
+        return {}
+    larger = [e for e in found if e["heads"] >= heads]
+    best = min(larger, key=_heads) if larger else max(found, key=_heads)
+    return dict(best["use"])
+
+
+def _heads(entry: dict[str, Any]) -> int:
+    return int(entry["heads"])
+
+
+@contextmanager
+def candidate(op: str, device: torch.device, heads: int, features: dict[str, int], use: dict[str, int]) -> Iterator[None]:
+    """Put one entry in place of those that match it, while inside: how the tuner tries things."""
+    table = entries()
+    before = list(table)
+    key = {"op": op, "arch": arch_of(device), "heads": heads, "features": features}
+    table[:] = [e for e in table if {name: e[name] for name in key} != key] + [key | {"use": use}]
+    _find.cache_clear()
+    try:
+        yield
+    finally:
+        table[:] = before
+        _find.cache_clear()
+
+
+def attend_splits(heads: int, blocks: int, device: torch.device) -> int:
+    """Return into how many parts the blocks of a (row, KV head) are split so that the device is busy.
+
+    Args:
+        heads: (row, KV head) pairs.
+        blocks: blocks that each attends to at most.
+        device: where it runs.
+    """
+    use = launch_of("attend_splits", device, heads)
+    programs = PROGRAMS if device.type == "cuda" else torch.get_num_threads()
+    wanted = use.get("splits", -(-programs // heads))
+    return max(1, min(wanted, MAX_SPLITS, blocks))
+
+
+def miss_splits(heads: int, blocks: int, device: torch.device) -> int:
+    """Return how many parts `attend_merge` adds for the blocks that were missing: they are few.
+
+    Without misses its programs share the merging of a group's heads, so on a GPU two are left where it can be.
+    """
+    return max(1, min(attend_splits(heads, blocks, device) // 4, 8))
