@@ -124,6 +124,11 @@ class ExecutionConfig:
 
     kernels: Literal["auto", "triton", "numba", "reference"] = "auto"
     """Home of the kernels; `auto`: Triton on a GPU, numba on a CPU."""
+    graph: Literal["auto", "off"] = "auto"
+    """Replay decode steps as CUDA graphs; `auto`: on a GPU, `off`: every step launches its kernels one by one."""
+    fused: Literal["auto", "on", "off"] = "auto"
+    """Fused norm, rotary, activation and merged projections in place of the model's own modules; `auto`: on a GPU,
+    for the families that have them, `on`: refuse other families, `off`: never."""
 
     def __post_init__(self) -> None:
         check_types(self, "execution")
@@ -133,8 +138,8 @@ class ExecutionConfig:
 class AuditConfig:
     """Measurement of what the selection left out."""
 
-    every: int = 64
-    """Decode steps between two measurements of the captured attention mass; 0 = never."""
+    every: int = 256
+    """Decode steps between two measurements of the captured attention mass, each of one row; 0 = never."""
 
     def __post_init__(self) -> None:
         check_types(self, "audit")
@@ -275,7 +280,7 @@ def resolve_auto(config: RheoConfig, *, context_len_tokens: int, device_type: st
         selection = dataclasses.replace(selection, recent_blocks=recent)
         _log("selection.recent_blocks", recent, f"a quarter of {block_budget} blocks")
     if execution.kernels == "auto":
-        execution = ExecutionConfig(kernels="triton" if device_type == "cuda" else "numba")
+        execution = dataclasses.replace(execution, kernels="triton" if device_type == "cuda" else "numba")
         _log("execution.kernels", execution.kernels, f"device {device_type}")
     return dataclasses.replace(config, cache=cache, selection=selection, execution=execution)
 
@@ -299,6 +304,9 @@ def _group_from(group: Any, name: str, values: Any) -> Any:
     for key, value in plain.items():
         if isinstance(value, list) and typing.get_origin(types_of[key]) is tuple:
             plain[key] = tuple(value)
+        word = "on" if value is True else "off" if value is False else None  # YAML reads the bare words so
+        if typing.get_origin(types_of[key]) is Literal and word in typing.get_args(types_of[key]):
+            plain[key] = word
     return group(**plain)
 
 

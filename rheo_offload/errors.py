@@ -37,3 +37,15 @@ class CacheError(RheoError):
 
 class NonFiniteError(RheoError):
     """NaN or infinity turned up where only finite numbers may be."""
+
+
+class GraphError(RheoError):
+    """A decode step cannot be replayed as asked: too many rows, or a model that changed after it was captured."""
+
+
+class RequestError(RheoError):
+    """A request cannot be served: it can never fit, or it was used out of order. Names the numbers and the remedy."""
+
+
+class EngineError(RheoError):
+    """The engine cannot do what was asked, or a step failed; the message names the requests."""

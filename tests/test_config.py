@@ -26,7 +26,7 @@ def test_defaults_are_the_documented_ones():
     selection = config.selection
     assert (selection.method, selection.token_budget, selection.sink_blocks) == ("mean_key", "auto", 1)
     assert (selection.query_agnostic_share, selection.heat_decay, selection.dense_layers) == (0.5, 0.98, ())
-    assert config.prefetch.overlap and config.prefill.chunk_tokens == 2048 and config.audit.every == 64
+    assert config.prefetch.overlap and config.prefill.chunk_tokens == 2048 and config.audit.every == 256
 
 
 @pytest.mark.parametrize(
@@ -266,3 +266,10 @@ def test_the_packaged_set_is_complete_and_the_default_is_the_default():
 def test_the_reference_page_lists_every_key():
     page = (ROOT / "docs" / "configuration.md").read_text()
     assert [key for key in KEYS if f"`{key}`" not in page] == []
+
+
+def test_yaml_reads_off_as_a_truth_value_and_we_read_it_back():
+    config = RheoConfig().with_overrides(["execution.graph=off", "execution.fused=on"])
+    assert config.execution.graph == "off" and config.execution.fused == "on"
+    with pytest.raises(ConfigError, match="execution.graph"):
+        RheoConfig().with_overrides(["execution.graph=on"])

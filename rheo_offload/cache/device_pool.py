@@ -1,9 +1,12 @@
 """The device side of one layer: the pool with its residency tables, or the ring of a sliding layer.
 
 Every tensor a decode kernel touches is allocated here once and keeps its address, so that a captured step stays
-valid. Slots are shared out evenly: row b, head h owns `1 + (b * Hkv + h) * capacity ...`, and slot 0 is scratch
-that belongs to nobody.
+valid. Slots are shared out evenly over the first `sharing_rows` rows: row b, head h owns
+`1 + (b * Hkv + h) * capacity ...`, and slot 0 is scratch that belongs to nobody. Who owns what is device data
+(`slot_base`, `slot_count`), so the shares can change between two steps without touching a captured one.
 """
+
+import copy
 
 import torch
 
@@ -46,7 +49,8 @@ class FullLayer:
             device: of the pool.
         """
         self.spec, self.layout, self.device = spec, layout, device
-        self.rows, self.capacity, self.max_blocks = rows, capacity, max_blocks
+        self.rows, self.max_blocks = rows, max_blocks
+        self._views: dict[tuple[int, int], FullLayer] = {}
         self.host_blocks = host_blocks
         self.k_host, self.v_host = layout.split(host_blocks)
         self.summary_kind, self.summary_width = summary_kind, summary_width
@@ -54,10 +58,8 @@ class FullLayer:
             1 + rows * spec.num_kv_heads * capacity, layout.elements, dtype=layout.dtype, device=device
         )
         self.k_pool, self.v_pool = layout.split(self.pool_blocks)
-        self.slot_base = (
-            1 + capacity * torch.arange(rows * spec.num_kv_heads, dtype=torch.int32, device=device)
-        ).view(rows, spec.num_kv_heads)
-        self.slot_count = torch.full_like(self.slot_base, capacity)
+        self.slot_base = torch.ones(rows, spec.num_kv_heads, dtype=torch.int32, device=device)
+        self.slot_count = torch.zeros_like(self.slot_base)
         slots = self.pool_blocks.shape[0]
         self.block_in = torch.full((slots,), -1, dtype=torch.int32, device=device)
         self.last_used = torch.zeros(slots, dtype=torch.int32, device=device)
@@ -68,16 +70,49 @@ class FullLayer:
         self.traffic = torch.zeros(len(TRAFFIC), dtype=torch.int64, device=device)
         self.summary: torch.Tensor | None = None
         self.cover_pages(max_pages)
+        self.capacity = self.sharing_rows = 0
+        self.share_slots(rows)
 
     def traffic_of(self, purpose: str) -> torch.Tensor:
         """Return the one-element counter of blocks read from the host for a purpose in `TRAFFIC`."""
         i = TRAFFIC.index(purpose)
         return self.traffic[i : i + 1]
 
-    def cover_pages(self, max_pages: int) -> None:
-        """Make the summaries reach `max_pages` host pages, keeping what they hold."""
+    def share_slots(self, rows: int, *, most: int | None = None) -> None:
+        """Share all slots out over the first `rows` rows, evenly; the others own none. Drops everything resident.
+
+        Args:
+            rows: rows that get slots.
+            most: slots per (row, KV head) at most; None: the blocks a row can hold.
+        """
+        heads = self.spec.num_kv_heads
+        fair = (self.pool_blocks.shape[0] - 1) // (rows * heads)
+        self.capacity, self.sharing_rows = min(fair, max(self.max_blocks, 1) if most is None else most), rows
+        order = torch.arange(rows * heads, dtype=torch.int32, device=self.device).view(rows, heads)
+        self.slot_base[:rows] = 1 + self.capacity * order
+        self.slot_count.zero_()
+        self.slot_count[:rows] = self.capacity
+        self.slot_of.fill_(-1)
+        self.block_in.fill_(-1)
+        self._views.clear()
+
+    def view(self, rows: slice) -> "FullLayer":
+        """Return this layer as the given rows see it: the same memory, tables narrowed to those rows."""
+        key = (rows.start, rows.stop)
+        if key == (0, self.rows):
+            return self
+        if key not in self._views:
+            narrow = copy.copy(self)
+            narrow.rows, narrow._views = rows.stop - rows.start, {}
+            for name in ("slot_of", "heat", "counters", "slot_base", "slot_count"):
+                setattr(narrow, name, getattr(self, name)[rows])
+            self._views[key] = narrow
+        return self._views[key]
+
+    def cover_pages(self, max_pages: int) -> bool:
+        """Make the summaries reach `max_pages` host pages, keeping what they hold; returns whether they moved."""
         if self.summary_kind == "none" or (self.summary is not None and self.summary.shape[0] >= max_pages):
-            return
+            return False
         old = self.summary
         by_half = old.shape[0] * 3 // 2 if old is not None else 0  # a long generation asks often
         self.summary = torch.empty(
@@ -90,6 +125,8 @@ class FullLayer:
         )
         if old is not None:
             self.summary[: old.shape[0]] = old
+        self._views.clear()
+        return True
 
     @property
     def device_bytes(self) -> int:
@@ -144,6 +181,11 @@ class SlidingLayer:
         k, v = self.k_ring[rows], self.v_ring[rows]
         entry = entry.expand(-1, k.shape[1], -1, k.shape[3])
         return k.gather(2, entry), v.gather(2, entry)
+
+    def move(self, source: int, target: int) -> None:
+        """Give row `target` the ring of row `source`."""
+        self.k_ring[target] = self.k_ring[source]
+        self.v_ring[target] = self.v_ring[source]
 
     def reorder(self, source_rows: torch.Tensor) -> None:
         """Give row i the ring of row `source_rows[i]`."""

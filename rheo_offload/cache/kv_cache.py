@@ -8,10 +8,16 @@ device inside it.
     reorder   rows become copies of other rows (beams, num_return_sequences): pages are shared, the open page is copied
     crop      the last n tokens never happened
     grow      room for longer rows: new tables and pools, filled from the host again
+    release   a row becomes empty; move: a row becomes another, empty one
+    share     the slots are dealt out anew to fewer or more rows
     close     give the pages back
+
+`version` counts what a captured step would not survive: new tables, pools or summaries.
 """
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -21,10 +27,21 @@ from rheo_offload.cache.host_store import HostStore
 from rheo_offload.cache.layout import PageLayout
 from rheo_offload.device import synchronize
 from rheo_offload.errors import CacheError
+from rheo_offload.transfer.upload import Uploader
 from rheo_offload.types import LayerSpec
 
 # Pages a decode step allocates ahead of a row, so that most steps allocate nothing.
 PAGES_AHEAD = 2
+
+
+@dataclass(frozen=True, slots=True)
+class StepTables:
+    """What the kernels of a decode step see of the rows that take part."""
+
+    lens: torch.Tensor
+    """int32 [rows]: tokens of each row, this step's included; 0 = the row sits this step out."""
+    host_table: torch.Tensor
+    step: torch.Tensor
 
 
 class KVCache:
@@ -70,7 +87,11 @@ class KVCache:
         self.pages: list[list[int]] = [[] for _ in range(rows)]
         self.seq_lens = torch.zeros(rows, dtype=torch.int32, device=device)
         self.active = torch.ones(rows, dtype=torch.int32, device=device)
+        """1 = the row decodes in the next step; 0 = it keeps what it has."""
+        self.step_lens = torch.zeros_like(self.seq_lens)
+        self.version = 0
         self.step = torch.zeros(1, dtype=torch.int32, device=device)
+        self.uploader = Uploader(device)
         self.full: dict[int, FullLayer] = {}
         self.sliding = {
             s.layer_idx: SlidingLayer(s, rows=rows, block_size=block_size, dtype=dtype, device=device)
@@ -83,7 +104,8 @@ class KVCache:
     def _allocate(self, max_blocks: int, capacity: int) -> None:
         """Create host table, pools and tables for `max_blocks`; heat and counters of an earlier size are kept."""
         old_table = getattr(self, "host_table", None)
-        self.max_blocks, self.capacity = max_blocks, capacity
+        self.max_blocks, self.capacity, self.sharing_rows = max_blocks, capacity, self.rows
+        self.version += 1
         self.host_table = torch.full((self.rows, max_blocks), -1, dtype=torch.int32, device=self.device)
         if old_table is not None:
             self.host_table[:, : old_table.shape[1]] = old_table
@@ -122,7 +144,8 @@ class KVCache:
 
     def _pages_to_cover(self) -> int:
         held = max((max(p) for p in self.pages if p), default=0)
-        return max(self.rows * self.max_blocks + 1, held + 1)
+        assert self.store is not None
+        return max(min(self.rows * self.max_blocks + 1, self.store.max_pages), held + 1)
 
     # ---- growing ---------------------------------------------------------------------------------------------------
 
@@ -154,11 +177,17 @@ class KVCache:
             block_ids += range(len(self.pages[row]), len(self.pages[row]) + n)
             self.pages[row] += fresh[at : at + n]
             at += n
-        index = torch.tensor([row_ids, block_ids, fresh], device=self.device)
+        index = self.upload([row_ids, block_ids, fresh], torch.int64)
         self.host_table[index[0], index[1]] = index[2].int()
-        top = max(fresh) + 1
-        for layer in self.full.values():
-            layer.cover_pages(top)
+        self._cover_pages(max(fresh) + 1)
+
+    def upload(self, values: Any, dtype: torch.dtype = torch.int32) -> torch.Tensor:
+        """Bring host values to the device behind the work queued so far; the host does not wait."""
+        return self.uploader.upload(values, dtype)
+
+    def _cover_pages(self, max_pages: int) -> None:
+        moved = [layer.cover_pages(max_pages) for layer in self.full.values()]
+        self.version += any(moved)
 
     def advance_host(self, tokens: Sequence[int]) -> None:
         """Advance the host clock by `tokens[b]` tokens per row."""
@@ -166,22 +195,41 @@ class KVCache:
         self.longest = [max(pair) for pair in zip(self.longest, self.lengths, strict=True)]
         self.tokens_written += sum(tokens)
 
-    def before_decode(self) -> None:
-        """Host part of a decode step: pages for the new tokens, then the host clock."""
-        if any(len(p) * self.block_size <= n for n, p in zip(self.lengths, self.pages, strict=True)):
+    def before_decode(self, rows: Sequence[int] | None = None) -> None:
+        """Make sure of pages for the token that each row in `rows` (None: all) gets in the next step."""
+        takes = self._takes(rows)
+        full = (
+            t and len(p) * self.block_size <= n
+            for t, n, p in zip(takes, self.lengths, self.pages, strict=True)
+        )
+        if any(full):
             ahead = PAGES_AHEAD * self.block_size
             limit = self.max_blocks * self.block_size
-            self.reserve([min(n + ahead, limit) for n in self.lengths])
-        self.advance_host([1] * self.rows)
+            self.reserve(
+                [min(n + ahead, limit) if t else n for t, n in zip(takes, self.lengths, strict=True)]
+            )
 
-    def begin_decode(self) -> None:
-        """Device part of a decode step (captured with it): the device clock and the step number."""
-        self.seq_lens += self.active
+    def after_decode(self, rows: Sequence[int] | None = None) -> None:
+        """Advance the host clock by the token that each row in `rows` (None: all) was given."""
+        self.advance_host([int(t) for t in self._takes(rows)])
+
+    def _takes(self, rows: Sequence[int] | None) -> list[bool]:
+        return [rows is None or row in rows for row in range(self.rows)]
+
+    def begin_decode(self, rows: int) -> None:
+        """Device part of a decode step over the first `rows` rows (captured with it): the clock and the step number."""
+        lens, active = self.seq_lens[:rows], self.active[:rows]
+        lens += active
+        torch.mul(lens, active, out=self.step_lens[:rows])
         self.step += 1
 
-    def set_device_lengths(self) -> None:
-        """Bring the device clock to the host's (after a prefill chunk, a crop or a reorder)."""
-        self.seq_lens.copy_(torch.tensor(self.lengths, dtype=torch.int32))
+    def tables(self, rows: slice) -> StepTables:
+        """Return what a decode step over `rows` reads."""
+        return StepTables(self.step_lens[rows], self.host_table[rows], self.step)
+
+    def set_device_lengths(self, rows: slice = slice(None)) -> None:
+        """Bring the device clock of `rows` to the host's (after a prefill chunk, a crop or a reorder)."""
+        self.seq_lens[rows] = self.upload(self.lengths[rows])
 
     # ---- rows become other rows ------------------------------------------------------------------------------------
 
@@ -237,16 +285,61 @@ class KVCache:
     def _copy_page(self, source: int, target: int) -> None:
         assert self.store is not None
         self.store.copy_page(source, target)
+        self._cover_pages(target + 1)
         for layer in self.full.values():
-            layer.cover_pages(target + 1)
             if layer.summary is not None:
                 layer.summary[target] = layer.summary[source]
 
     def _write_table(self, rows: Sequence[int]) -> None:
         for row in rows:
-            line = torch.full((self.max_blocks,), -1, dtype=torch.int32)
-            line[: len(self.pages[row])] = torch.tensor(self.pages[row], dtype=torch.int32)
-            self.host_table[row] = line.to(self.device)
+            self.host_table[row] = -1
+            self.host_table[row, : len(self.pages[row])] = self.upload(self.pages[row])
+
+    def release_row(self, row: int) -> None:
+        """Empty a row: its pages go back to the store and nothing of it stays resident.
+
+        Work in flight may still write to the row's pages: give them to others only through work queued behind it.
+        """
+        if self.store is not None:
+            self.store.release(self.pages[row])
+        self.pages[row] = []
+        self._forget(row)
+
+    def move_row(self, source: int, target: int) -> None:
+        """Make the empty row `target` what `source` is, and empty `source`. Its blocks are read from the host again.
+
+        Raises:
+            CacheError: `target` holds something.
+        """
+        if self.lengths[target] or self.pages[target]:
+            raise CacheError(f"row {target} is not empty: it holds {self.lengths[target]} tokens")
+        for held in (self.lengths, self.longest):
+            held[target] = held[source]
+        self.pages[target], self.pages[source] = self.pages[source], []
+        for table in (self.seq_lens, self.active, self.host_table):
+            table[target] = table[source]
+        for layer in self.full.values():
+            layer.heat[target] = layer.heat[source]
+        for ring in self.sliding.values():
+            ring.move(source, target)
+        self._forget(source)
+
+    def _forget(self, row: int) -> None:
+        self.lengths[row] = self.longest[row] = 0
+        for table in (self.seq_lens, self.active):
+            table[row] = 0
+        self.host_table[row] = -1
+        one = torch.arange(row, row + 1, device=self.device)
+        for layer in self.full.values():
+            layer.heat[row] = 0.0
+            residency.drop_rows(layer, one)
+
+    def share_slots(self, rows: int) -> None:
+        """Deal all slots out anew to the first `rows` rows; nothing is resident afterwards."""
+        for layer in self.full.values():
+            layer.share_slots(rows)
+        self.sharing_rows = rows
+        self.capacity = min((layer.capacity for layer in self.full.values()), default=self.capacity)
 
     def crop(self, tokens: int) -> None:
         """Forget the last `tokens` tokens of every row.

@@ -11,7 +11,7 @@ from rheo_offload.cache.device_pool import FullLayer
 def claim_in_order(layer: FullLayer, row: int, first_block: int, end_block: int) -> None:
     """Give blocks `[first_block, end_block)` of a row the slots of the same number, where those are free."""
     end_block = min(end_block, layer.capacity)
-    if first_block >= end_block:
+    if first_block >= end_block or row >= layer.sharing_rows:
         return
     ids = torch.arange(first_block, end_block, dtype=torch.int32, device=layer.device)
     slot_of = layer.slot_of[row, :, first_block:end_block]
@@ -24,7 +24,10 @@ def claim_in_order(layer: FullLayer, row: int, first_block: int, end_block: int)
 def drop_rows(layer: FullLayer, rows: torch.Tensor) -> None:
     """Forget everything resident of the given rows ([n] int64). Their blocks are loaded again when selected."""
     layer.slot_of[rows] = -1
-    _per_row(layer, layer.block_in)[rows] = -1
+    per_row = _per_row(layer, layer.block_in)
+    chosen = torch.zeros(layer.rows, dtype=torch.bool, device=layer.device)
+    chosen[rows] = True
+    per_row.masked_fill_(chosen[: per_row.shape[0], None, None], -1)
 
 
 def drop_blocks(
@@ -35,9 +38,9 @@ def drop_blocks(
     fraction: float = 1.0,
     generator: torch.Generator | None = None,
 ) -> None:
-    """Drop a random share of the resident blocks that are neither sink nor tail: forced misses."""
+    """Drop a random share of the resident blocks that are neither sink nor tail: forced misses. Never waits."""
     block_in = _per_row(layer, layer.block_in)
-    tail = (seq_lens - 1)[:, None, None] // layer.layout.block_size
+    tail = (seq_lens[: layer.sharing_rows] - 1)[:, None, None] // layer.layout.block_size
     drop = (block_in >= sink_blocks) & (block_in != tail)
     if fraction < 1.0:
         drop &= torch.rand(drop.shape, generator=generator, device=drop.device) < fraction
@@ -46,20 +49,24 @@ def drop_blocks(
 
 def drop_from(layer: FullLayer, first_absent: torch.Tensor) -> None:
     """Drop the blocks at or beyond `first_absent[b]` of every row: they no longer exist."""
-    _clear(layer, _per_row(layer, layer.block_in) >= first_absent[:, None, None])
+    _clear(layer, _per_row(layer, layer.block_in) >= first_absent[: layer.sharing_rows, None, None])
 
 
 def _clear(layer: FullLayer, drop: torch.Tensor) -> None:
-    """Free the slots where `drop` [rows, Hkv, capacity] is true."""
-    block_in = _per_row(layer, layer.block_in)
-    row, head, _ = drop.nonzero(as_tuple=True)
-    layer.slot_of[row, head, block_in[drop].long()] = -1
-    block_in[drop] = -1
+    """Free the slots where `drop` [sharing rows, Hkv, capacity] is true. Never waits: sizes do not depend on it."""
+    dropped = torch.zeros_like(layer.block_in, dtype=torch.bool)
+    _per_row(layer, dropped).copy_(drop)
+    gone = dropped[
+        layer.slot_of.clamp(min=0).long()
+    ]  # absent blocks ask the scratch slot, which is never dropped
+    layer.slot_of.masked_fill_(gone, -1)
+    layer.block_in.masked_fill_(dropped, -1)
 
 
 def _per_row(layer: FullLayer, per_slot: torch.Tensor) -> torch.Tensor:
-    """View a per-slot table, without the scratch slot, as [rows, Hkv, capacity]."""
-    return per_slot[1:].view(layer.rows, layer.spec.num_kv_heads, layer.capacity)
+    """View a per-slot table, without scratch and unshared slots, as [sharing rows, Hkv, capacity]."""
+    shape = (layer.sharing_rows, layer.spec.num_kv_heads, layer.capacity)
+    return per_slot[1 : 1 + shape[0] * shape[1] * shape[2]].view(shape)
 
 
 def check_integrity(layer: FullLayer, seq_lens: torch.Tensor) -> None:
@@ -76,9 +83,10 @@ def check_integrity(layer: FullLayer, seq_lens: torch.Tensor) -> None:
     row, head, block = (slot_of >= 0).nonzero(as_tuple=True)
     slots = slot_of[row, head, block]
     local = slots - base[row, head]
-    assert bool(((local >= 0) & (local < layer.capacity)).all()), f"{where}: slot_of leaves its owner's slots"
+    owned = layer.slot_count.cpu()[row, head]
+    assert bool(((local >= 0) & (local < owned)).all()), f"{where}: slot_of leaves its owner's slots"
     assert torch.equal(block_in[slots.long()].long(), block), f"{where}: block_in does not answer slot_of"
-    assert int((per_row >= 0).sum()) == len(slots), (
+    assert int((per_row >= 0).sum()) == int((block_in >= 0).sum()) == len(slots), (
         f"{where}: block_in holds blocks that slot_of does not know"
     )
     blocks = -(-seq_lens.cpu() // layer.layout.block_size)

@@ -12,7 +12,7 @@ from tqdm import tqdm
 from transformers import TextStreamer
 from transformers.generation.streamers import BaseStreamer
 
-from rheo_offload import Stats, offload
+from rheo_offload import Engine, SamplingParams, Stats, offload
 from rheo_offload.cli.options import add_config_options, at_least, config_from
 from rheo_offload.errors import CacheError, RheoError
 from rheo_offload.model.loader import load
@@ -52,6 +52,12 @@ def add_parser(subparsers: Any) -> None:
         metavar="N",
         help="feed the last N prompt tokens through sparse decoding, not the dense prefill (default: 1)",
     )
+    parser.add_argument(
+        "--max-batch",
+        type=at_least(1),
+        metavar="N",
+        help="decode at most N prompts at once; the others join as rows become free (default: all in one batch)",
+    )
     parser.add_argument("--json", action="store_true", help="print one JSON record instead of the text")
     add_config_options(parser)
     parser.set_defaults(run=run)
@@ -61,6 +67,8 @@ def run(args: argparse.Namespace) -> int:
     """Generate and return the exit code (130 when Ctrl-C ended it early)."""
     # Everything that can be refused without the weights is refused before they are loaded.
     config, prompts, sampling = config_from(args), read_prompts(args), sampling_options(args)
+    if args.max_batch is not None:
+        check_queue(args)
     model, tokenizer = load(args.model, gguf=args.gguf, dtype=args.dtype, device=args.device)
     rows = encode(prompts, tokenizer, chat=args.chat, system=args.system)
     check_lengths(rows, args, max_positions(model.config))
@@ -69,7 +77,10 @@ def run(args: argparse.Namespace) -> int:
     recorder = Recorder(tokenizer, len(rows), stream_text=len(rows) == 1 and not args.json)
     interrupted = False
     try:
-        generate(model, tokenizer, rows, recorder, args, sampling)
+        if args.max_batch is not None:
+            generate_queue(model, rows, recorder, args)
+        else:
+            generate(model, tokenizer, rows, recorder, args, sampling)
     except KeyboardInterrupt:
         interrupted = True
     recorder.close()
@@ -77,7 +88,7 @@ def run(args: argparse.Namespace) -> int:
         result(row, new, tokenizer, stop_ids(model), interrupted)
         for row, new in zip(rows, recorder.new_tokens, strict=True)
     ]
-    report(args, results, statistics(model, interrupted), interrupted)
+    report(args, results, recorder.stats or statistics(model, interrupted), interrupted)
     return EXIT_INTERRUPTED if interrupted else 0
 
 
@@ -115,6 +126,42 @@ def generate(
         )
 
 
+def check_queue(args: argparse.Namespace) -> None:
+    """Refuse what a queue of requests cannot do."""
+    if args.max_new_tokens < 1:
+        raise RheoError("--max-batch needs --max-new-tokens of at least 1")
+    for name, default in (("decode_tail", 1), ("repetition_penalty", None), ("allow_longer", False)):
+        if getattr(args, name) != default:
+            raise RheoError(f"--{name.replace('_', '-')} does not work together with --max-batch")
+
+
+def generate_queue(model: Any, rows: list[list[int]], recorder: "Recorder", args: argparse.Namespace) -> None:
+    """Run the prompts through an engine of `--max-batch` rows; new tokens arrive in `recorder`."""
+    sampled = any(getattr(args, name) is not None for name in ("temperature", "top_p", "top_k"))
+    temperature = 1.0 if args.temperature is None else args.temperature
+    longest = max(map(len, rows)) + args.max_new_tokens
+    tokens = args.max_new_tokens * len(rows)
+    with (
+        Engine(model, max_rows=min(args.max_batch, len(rows)), max_context_tokens=longest) as engine,
+        tqdm(total=tokens, unit="tok", desc="decode", file=sys.stderr, leave=False, disable=None) as bar,
+    ):
+
+        def add(row: int, token: int) -> None:
+            recorder.new_tokens[row].append(token)
+            bar.update()
+
+        for i, ids in enumerate(rows):
+            params = SamplingParams(
+                temperature=temperature if sampled else 0.0,
+                top_k=args.top_k or 0,
+                top_p=1.0 if args.top_p is None else args.top_p,
+                max_new_tokens=args.max_new_tokens,
+            )
+            engine.submit(ids, params, on_token=lambda request, token, row=i: add(row, token))
+        engine.run()
+        recorder.stats = engine.stats()
+
+
 class Recorder(BaseStreamer):  # type: ignore[misc]
     """Keep every row's new tokens as they come, so that an interrupted run has them; print a single row's."""
 
@@ -122,6 +169,8 @@ class Recorder(BaseStreamer):  # type: ignore[misc]
         self.new_tokens: list[list[int]] = [[] for _ in range(num_rows)]
         self._text = TextStreamer(tokenizer, skip_special_tokens=True) if stream_text else None
         self._prompt_seen = False
+        self.stats: Stats | None = None
+        """Figures of a run whose cache is gone."""
 
     def put(self, value: torch.Tensor) -> None:
         """Take one token per row ([B]); the first call brings the prompt ([B, T]) and is dropped."""

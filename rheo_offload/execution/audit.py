@@ -1,6 +1,7 @@
-"""Captured attention mass, measured: on every n-th decode step all keys are attended too.
+"""Captured attention mass, measured: on every n-th decode step one row's keys are all attended too.
 
-mass = exp(lse_selected - lse_all) per row and query head; both are natural-log, without sinks.
+mass = exp(lse_selected - lse_all) per query head; both are natural-log, without sinks. Attending to everything reads a
+whole row from the host, so an audited step takes one row, and the next one the next row.
 """
 
 import torch
@@ -13,29 +14,35 @@ class Audit:
 
     def __init__(self, every: int, device: torch.device) -> None:
         self.every, self.device = every, device
-        self._sum: dict[int, torch.Tensor] = {}
-        self._min: dict[int, torch.Tensor] = {}
-        self._count: dict[int, int] = {}
+        self.steps = 0
+        """Decode steps measured so far, the one in progress included."""
+        self._totals: dict[int, torch.Tensor] = {}  # layer -> sum of means, how many, smallest
 
     def due(self, step: int) -> bool:
         """Whether decode step `step` (from 1) is measured. The first one is, so that short runs have a figure."""
-        return self.every > 0 and (step - 1) % self.every == 0
+        due = self.every > 0 and (step - 1) % self.every == 0
+        self.steps += due
+        return due
+
+    def row(self, rows: int) -> slice:
+        """Return which of the first `rows` rows this step measures."""
+        row = (self.steps - 1) % rows
+        return slice(row, row + 1)
 
     def record(self, layer: FullLayer, lse_selected: torch.Tensor, lse_all: torch.Tensor) -> None:
-        """Add one layer's step: lse [B, Hq] over the selected keys and over all of them."""
-        mass = (
-            torch.exp(lse_selected - lse_all).clamp(max=1.0).nan_to_num(1.0)
-        )  # an inactive row has no keys to miss
+        """Add one layer's step: lse [1, Hq] over the selected keys and over all of them."""
         i = layer.spec.layer_idx
-        self._sum[i] = self._sum.get(i, torch.zeros((), device=self.device)) + mass.mean()
-        self._min[i] = torch.minimum(self._min.get(i, torch.ones((), device=self.device)), mass.min())
-        self._count[i] = self._count.get(i, 0) + 1
+        if i not in self._totals:
+            self._totals[i] = torch.tensor([0.0, 0.0, 1.0], device=self.device)
+        mass = torch.exp(lse_selected - lse_all).clamp(max=1.0)
+        present = torch.isfinite(lse_all).any().float()  # a row that sits the step out has no keys to miss
+        mass = mass.nan_to_num(1.0)
+        total, count, low = self._totals[i]
+        self._totals[i] = torch.stack(
+            [total + mass.mean() * present, count + present, torch.minimum(low, mass.min())]
+        )
 
     def per_layer(self) -> dict[int, tuple[float, float]]:
         """Return layer_idx -> (mean, minimum) of the captured mass. Waits for the device."""
-        return {i: (float(self._sum[i]) / n, float(self._min[i])) for i, n in self._count.items()}
-
-    @property
-    def steps(self) -> int:
-        """Decode steps measured so far."""
-        return max(self._count.values(), default=0)
+        found = {i: totals.tolist() for i, totals in self._totals.items()}
+        return {i: (total / count, low) for i, (total, count, low) in found.items() if count}

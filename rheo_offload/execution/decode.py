@@ -1,11 +1,13 @@
 """One decode step of one layer. The same function runs eagerly, on any device, and under CUDA-graph capture.
 
-    append -> score -> select -> resolve -> ( gather || attend hits ) -> attend misses -> merge
+    append -> decide (score, select, resolve) -> ( gather || attend hits ) -> attend misses and merge
 
-Eight launches. Nothing here waits for the device, reads a device value or depends on one: lengths, tables and
-counts are tensors, and what the host decides (pages, lengths) it decides between steps.
+Five launches. Nothing here waits for the device, reads a device value or depends on one: lengths, tables and
+counts are tensors, and what the host decides (pages, lengths) it decides between steps. The step covers the first
+rows of the cache, as many as the forward has; a row whose length in this step is 0 reads and writes nothing.
 """
 
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -30,41 +32,39 @@ def decode_full(ex: "Executor", layer: FullLayer, call: AttentionCall) -> torch.
         [B, Hq, D] in q's dtype. Inactive rows are 0.
     """
     cache, ops = ex.cache, ex.ops
+    rows = slice(0, call.q.shape[0])
+    layer, now = layer.view(rows), cache.tables(rows)
     policy, selector = ex.policy_of(layer), ex.selector_of(layer)
     ws = ex.workspace_of(layer)
     q = call.q[:, :, 0]
-    tables = (layer.slot_of, layer.block_in, layer.last_used, layer.slot_base, layer.slot_count, cache.step)
+    tables = (layer.slot_of, layer.block_in, layer.last_used, layer.slot_base, layer.slot_count, now.step)
 
     with ex.region("append"):
         ops.append(
-            call.k[:, :, 0], call.v[:, :, 0], cache.seq_lens, cache.host_table,
+            call.k[:, :, 0], call.v[:, :, 0], now.lens, now.host_table,
             layer.k_host, layer.v_host, layer.k_pool, layer.v_pool,
             *tables, layer.summary, ws.load_count,
             sink_blocks=cache.sink_blocks, summary_kind=layer.summary_kind,
         )  # fmt: skip
     if ex.is_streamed(layer):
-        return attend_everything(ex, layer, call, purpose="streamed")[0]
+        return attend_everything(ex, layer, call, rows, purpose="streamed")[0]
 
-    with ex.region("score"):
-        selector.score(
-            ops, q, layer.summary, cache.host_table, cache.seq_lens,
-            ws.logits, ws.arrivals, ws.block_scores,
-            softmax_scale=call.softmax_scale, block_size=cache.block_size,
-        )  # fmt: skip
-    with ex.region("select"):
-        ops.select(
-            ws.block_scores if selector.query_aware else None,
-            layer.heat if selector.query_aware else None,
-            cache.seq_lens, ws.selected_blocks, ws.num_selected,
-            block_size=cache.block_size, sink_blocks=policy.sink_blocks, recent_blocks=policy.recent_blocks,
+    if selector.score_kind == "given":
+        with ex.region("score"):
+            selector.score(
+                ops, q, layer.summary, now.host_table, now.lens, ws.logits, ws.arrivals, ws.block_scores,
+                softmax_scale=call.softmax_scale, block_size=cache.block_size,
+            )  # fmt: skip
+    with ex.region("decide"):
+        ops.decide(
+            q, layer.summary, layer.heat if selector.query_aware else None, now.lens, now.host_table,
+            *tables, ws.logits, ws.arrivals, ws.block_scores if selector.query_aware else None,
+            ws.selected_blocks, ws.num_selected, ws.hit_slots, ws.miss_slots,
+            ws.load_src, ws.load_dst, ws.load_count, layer.counters,
+            score=selector.score_kind, softmax_scale=call.softmax_scale, block_size=cache.block_size,
+            sink_blocks=policy.sink_blocks, recent_blocks=policy.recent_blocks,
             query_blocks=policy.query_blocks, agnostic_blocks=policy.agnostic_blocks,
             heat_decay=policy.heat_decay, normalise=selector.normalise,
-        )  # fmt: skip
-    with ex.region("resolve"):
-        ops.resolve(
-            ws.selected_blocks, ws.num_selected, cache.seq_lens, cache.host_table,
-            *tables, ws.hit_slots, ws.miss_slots, ws.load_src, ws.load_dst, ws.load_count, layer.counters,
-            block_size=cache.block_size, sink_blocks=policy.sink_blocks, recent_blocks=policy.recent_blocks,
         )  # fmt: skip
 
     def gather() -> None:
@@ -74,25 +74,30 @@ def decode_full(ex: "Executor", layer: FullLayer, call: AttentionCall) -> torch.
                 layer.host_blocks, layer.pool_blocks, layer.traffic_of("loaded"),
             )  # fmt: skip
 
-    def attend(slots: torch.Tensor, parts: slice) -> None:
-        ops.attend(
-            q, layer.k_pool, layer.v_pool, ws.selected_blocks, slots, cache.seq_lens,
-            ws.out_parts[parts], ws.lse_parts[parts],
-            softmax_scale=call.softmax_scale, soft_cap=call.soft_cap, window=None,
-        )  # fmt: skip
-
     ex.gather.start(gather)
+    keys = (layer.k_pool, layer.v_pool, ws.selected_blocks)
+    logits = dict(softmax_scale=call.softmax_scale, soft_cap=call.soft_cap, window=None)
     with ex.region("attend"):
-        attend(ws.hit_slots, slice(0, ws.hit_splits))
+        hits = slice(0, ws.hit_splits)
+        ops.attend(q, *keys, ws.hit_slots, now.lens, ws.out_parts[hits], ws.lse_parts[hits], **logits)
     ex.gather.wait()
-    with ex.region("attend"):
-        attend(ws.miss_slots, slice(ws.hit_splits, None))
     out = torch.empty_like(q, memory_format=torch.contiguous_format)
     with ex.region("merge"):
-        ops.merge(ws.out_parts, ws.lse_parts, call.sinks, out, ws.lse)
+        ops.attend_merge(
+            q, *keys, ws.miss_slots, now.lens, ws.hit_splits, ws.out_parts, ws.lse_parts, ws.arrivals,
+            call.sinks, out, ws.lse, **logits,
+        )  # fmt: skip
     if ex.audit_now:
-        ex.audit.record(layer, ws.lse, attend_everything(ex, layer, call, purpose="audited")[1])
+        _audit(ex, layer, call, ws.lse)
     return out
+
+
+def _audit(ex: "Executor", layer: FullLayer, call: AttentionCall, lse: torch.Tensor) -> None:
+    """Attend to everything for one row, and note what share of it the selection captured."""
+    row = ex.audit.row(layer.rows)
+    alone = ex.cache.full[layer.spec.layer_idx].view(row)
+    everything = replace(call, q=call.q[row], k=call.k[row], v=call.v[row])
+    ex.audit.record(alone, lse[row], attend_everything(ex, alone, everything, row, purpose="audited")[1])
 
 
 def decode_sliding(ex: "Executor", layer: SlidingLayer, call: AttentionCall) -> torch.Tensor:
@@ -100,13 +105,14 @@ def decode_sliding(ex: "Executor", layer: SlidingLayer, call: AttentionCall) -> 
 
     Args and result as `decode_full`.
     """
-    cache, ops, ws = ex.cache, ex.ops, ex.ring_workspace_of(layer)
+    rows = slice(0, call.q.shape[0])
+    ops, ws = ex.ops, ex.ring_workspace_of(layer, call.q.shape[0])
     q = call.q[:, :, 0]
-    ops.ring_append(call.k, call.v, ex.decode_start, layer.k_ring, layer.v_ring)
-    ops.attend(
-        q, layer.k_pool, layer.v_pool, ws.block_ids, ws.block_slots, cache.seq_lens, ws.out_parts, ws.lse_parts,
+    ops.ring_append(call.k, call.v, ex.decode_start[rows], layer.k_ring[rows], layer.v_ring[rows])
+    out = torch.empty_like(q, memory_format=torch.contiguous_format)
+    ops.attend_merge(
+        q, layer.k_pool, layer.v_pool, ws.block_ids, ws.block_slots, ex.cache.step_lens[rows], 0,
+        ws.out_parts, ws.lse_parts, ws.arrivals, call.sinks, out, None,
         softmax_scale=call.softmax_scale, soft_cap=call.soft_cap, window=layer.spec.window,
     )  # fmt: skip
-    out = torch.empty_like(q, memory_format=torch.contiguous_format)
-    ops.merge(ws.out_parts, ws.lse_parts, call.sinks, out, None)
     return out

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 def attend_everything(
-    ex: "Executor", layer: FullLayer, call: AttentionCall, *, purpose: str
+    ex: "Executor", layer: FullLayer, call: AttentionCall, rows: slice, *, purpose: str
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Attend to every block of every row, round by round through the staging buffer.
 
@@ -23,24 +23,26 @@ def attend_everything(
 
     Args:
         ex: the executor.
-        layer: the layer; this step's token is already appended.
-        call: q [B, Hq, 1, D].
+        layer: the layer as `rows` see it; this step's token is already appended.
+        call: q [B, Hq, 1, D] of those rows.
+        rows: which rows of the cache they are.
         purpose: under which name of `TRAFFIC` the blocks read from the host are counted.
 
     Returns:
         out [B, Hq, D] in q's dtype and lse [B, Hq] fp32 (without sinks).
     """
-    cache, ops, ws = ex.cache, ex.ops, ex.rounds_workspace_of(layer)
+    ops, ws = ex.ops, ex.rounds_workspace_of(layer)
+    now = ex.cache.tables(rows)
     q = call.q[:, :, 0]
     k, v = layer.layout.split(ws.staging.flatten(0, 2))
     for part, first in enumerate(ws.firsts):
         ops.stage(
-            first, cache.seq_lens, cache.host_table, layer.slot_of, layer.host_blocks, layer.pool_blocks,
-            ws.staging, layer.traffic_of(purpose), block_size=cache.block_size,
+            first, now.lens, now.host_table, layer.slot_of, layer.host_blocks, layer.pool_blocks,
+            ws.staging, layer.traffic_of(purpose), block_size=ex.cache.block_size,
         )  # fmt: skip
         # blocks beyond a row's end stay in the list: no position of theirs is below seq_len
         ops.attend(
-            q, k, v, ws.block_ids[part], ws.slots, cache.seq_lens,
+            q, k, v, ws.block_ids[part], ws.slots, now.lens,
             ws.out_parts[part : part + 1], ws.lse_parts[part : part + 1],
             softmax_scale=call.softmax_scale, soft_cap=call.soft_cap, window=None,
         )  # fmt: skip

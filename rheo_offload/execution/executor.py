@@ -3,8 +3,8 @@
 `forward` is called once per layer and model forward; the first layer's call begins the step.
 """
 
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
 from typing import Any
 
@@ -97,30 +97,34 @@ class Executor:
         self.make_room(max(lengths))
         cache.reserve(lengths)
 
-        def on_device(values: Sequence[int]) -> torch.Tensor:
-            return torch.tensor(values, dtype=torch.int32, device=cache.device)
-
-        self._chunk = Chunk(rows, before, after, on_device(start), on_device(before), on_device(after))
+        on_device = [cache.upload(values) for values in (start, before, after)]
+        self._chunk = Chunk(rows, before, after, *on_device)
         cache.advance_host([n - old for n, old in zip(lengths, cache.lengths, strict=True)])
-        cache.set_device_lengths()
+        cache.set_device_lengths(rows)
 
     def begin_decode(self) -> None:
-        """Open a forward of one token per row: the host part, then the device part."""
+        """Open a forward of one token for every row: the host part, then the device part."""
+        self.begin_decode_on_host()
+        self.cache.after_decode()
+        self.begin_decode_on_device(self.cache.rows)
+
+    def begin_decode_on_host(self, rows: Sequence[int] | None = None) -> None:
+        """Room for a token of each row in `rows` (None: all); runs ahead of every step."""
         self.make_room(max(self.cache.lengths) + 1)
-        self.cache.before_decode()
+        self.cache.before_decode(rows)
         self.decode_steps += 1
         self.audit_now = self.audit.due(self.decode_steps)
-        self.begin_decode_on_device()
 
-    def begin_decode_on_device(self) -> None:
-        """Advance the device clock and the rings' block numbers (this part belongs into a captured step)."""
+    def begin_decode_on_device(self, rows: int) -> None:
+        """Advance the device clock and the rings' block numbers for the first `rows` rows (part of a captured step)."""
         self._chunk = None
-        self.decode_start.copy_(self.cache.seq_lens)  # position of the new token
-        self.cache.begin_decode()
-        for layer in self.cache.sliding.values():
-            self.ring_workspace_of(layer)
-        for ring in self._ring_workspaces.values():
-            ring.refresh(self.cache.seq_lens, self.cache.block_size)
+        cache = self.cache
+        cache.begin_decode(rows)
+        # position of the new token; negative where a row sits out, so that its ring stays as it is
+        torch.sub(cache.step_lens[:rows], 1, out=self.decode_start[:rows])
+        rings = {id(ws): ws for ws in (self.ring_workspace_of(s, rows) for s in cache.sliding.values())}
+        for ring in rings.values():
+            ring.refresh(cache.step_lens[:rows], cache.block_size)
 
     def forward(self, layer_idx: int, call: AttentionCall) -> torch.Tensor:
         """Run one layer of the forward that was begun: [B, Hq, Q, D] in q's dtype.
@@ -151,9 +155,19 @@ class Executor:
         """Whether the last forward reached its last layer (and the cache did not break while it grew)."""
         return not self._failed and (self._open is None or self._open == self._last)
 
-    def warm(self) -> None:
-        """Load sink, recent and hottest blocks after the prompt."""
-        warm(self)
+    def warm(self, rows: slice | None = None) -> None:
+        """Load sink, recent and hottest blocks of `rows` (None: all), after a prompt or once slots were shared anew."""
+        warm(self, rows or slice(0, self.cache.rows))
+
+    @contextmanager
+    def abandoned_if_it_fails(self) -> Iterator[None]:
+        """Take a forward back that was only recorded: if it stops half-way, nothing has happened."""
+        before = self._open
+        try:
+            yield
+        except BaseException:
+            self._open = before
+            raise
 
     def make_room(self, tokens: int) -> None:
         """Grow the tables when a row outgrows them (doubling, so that it happens rarely)."""
@@ -214,6 +228,7 @@ class Executor:
         """Return the decode scratch that all layers of this geometry and budget share."""
         budget = 1 if self.is_streamed(layer) else self.policy_of(layer).block_budget
         key = (
+            layer.rows,
             layer.spec.num_kv_heads,
             layer.spec.num_q_heads,
             layer.spec.head_dim,
@@ -224,13 +239,13 @@ class Executor:
             self._workspaces[key] = self.new_workspace(layer, block_budget=budget)
         return self._workspaces[key]
 
-    def ring_workspace_of(self, layer: SlidingLayer) -> RingWorkspace:
-        """Return the scratch that all sliding layers of this geometry share."""
+    def ring_workspace_of(self, layer: SlidingLayer, rows: int) -> RingWorkspace:
+        """Return the scratch of a step over `rows` rows that all sliding layers of this geometry share."""
         spec = layer.spec
-        key = (spec.num_kv_heads, spec.num_q_heads, spec.head_dim, layer.ring_blocks)
+        key = (rows, spec.num_kv_heads, spec.num_q_heads, spec.head_dim, layer.ring_blocks)
         if key not in self._ring_workspaces:
             self._ring_workspaces[key] = RingWorkspace(
-                rows=layer.rows,
+                rows=rows,
                 num_kv_heads=spec.num_kv_heads,
                 num_q_heads=spec.num_q_heads,
                 head_dim=spec.head_dim,

@@ -113,11 +113,13 @@ def dense_attention(ops: Any, call: AttentionCall, padding: torch.Tensor, window
     return _finish(call, partial)
 
 
-def warm(ex: "Executor") -> None:
-    """Fill the pools after the prompt: sink, recent and hottest blocks, as many as fit, in one gather per layer."""
+def warm(ex: "Executor", rows: slice) -> None:
+    """Fill the pools of `rows`: sink, recent and hottest blocks, as many as fit, in one gather per layer."""
     cache, ops = ex.cache, ex.ops
     cache.step += 1  # what was claimed during the prompt is older than what is selected now
-    for layer in cache.full.values():
+    lens, host_table = cache.seq_lens[rows], cache.host_table[rows]
+    for whole in cache.full.values():
+        layer = whole.view(rows)
         selector, policy = ex.selector_of(layer), ex.policy_of(layer)
         room = min(layer.capacity, layer.max_blocks) - 1
         if ex.is_streamed(layer) or room < policy.sink_blocks + policy.recent_blocks:
@@ -125,32 +127,21 @@ def warm(ex: "Executor") -> None:
         ws = ex.new_workspace(layer, block_budget=room)
         hot = room - policy.sink_blocks - policy.recent_blocks if selector.query_aware else 0
         ops.select(
-            None, layer.heat if hot else None, cache.seq_lens, ws.selected_blocks, ws.num_selected,
+            None, layer.heat if hot else None, lens, ws.selected_blocks, ws.num_selected,
             block_size=cache.block_size, sink_blocks=policy.sink_blocks, recent_blocks=policy.recent_blocks,
             query_blocks=0, agnostic_blocks=hot, heat_decay=1.0, normalise="none",
         )  # fmt: skip
-        tables = (
-            layer.slot_of,
-            layer.block_in,
-            layer.last_used,
-            layer.slot_base,
-            layer.slot_count,
-            cache.step,
-        )
         ops.resolve(
-            ws.selected_blocks, ws.num_selected, cache.seq_lens, cache.host_table,
-            *tables, ws.hit_slots, ws.miss_slots, ws.load_src, ws.load_dst, ws.load_count,
+            ws.selected_blocks, ws.num_selected, lens, host_table, layer.slot_of, layer.block_in, layer.last_used,
+            layer.slot_base, layer.slot_count, cache.step, ws.hit_slots, ws.miss_slots,
+            ws.load_src, ws.load_dst, ws.load_count,
             torch.zeros_like(layer.counters),  # a warm-up is neither hit nor miss
             block_size=cache.block_size, sink_blocks=policy.sink_blocks, recent_blocks=policy.recent_blocks,
         )  # fmt: skip
         ops.gather(
-            ws.load_src,
-            ws.load_dst,
-            ws.load_count,
-            layer.host_blocks,
-            layer.pool_blocks,
-            layer.traffic_of("warmed"),
-        )
+            ws.load_src, ws.load_dst, ws.load_count,
+            layer.host_blocks, layer.pool_blocks, layer.traffic_of("warmed"),
+        )  # fmt: skip
 
 
 def _start_heat(ex: "Executor", layer: FullLayer, call: AttentionCall, chunk: Chunk) -> None:

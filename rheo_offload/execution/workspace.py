@@ -77,6 +77,7 @@ class RingWorkspace:
         self.index = torch.arange(ring_blocks, dtype=torch.int32, device=device)
         self.block_ids = torch.full_like(self.slots, -1)
         self.block_slots = torch.full_like(self.slots, -1)
+        self.arrivals = torch.zeros(rows, num_kv_heads, dtype=torch.int32, device=device)
         splits = attention_splits(rows * num_kv_heads, ring_blocks, device)
         self.out_parts = torch.zeros(splits, rows, num_q_heads, head_dim, device=device)
         self.lse_parts = torch.zeros(splits, rows, num_q_heads, device=device)

@@ -1,8 +1,8 @@
-"""`model.generate` of an offloaded model: our prefill, then transformers' own loop over our cache.
+"""`model.generate` of an offloaded model: our prefill, then a decoding loop over our cache.
 
-Everything `generate` can do (sampling, processors, stopping criteria, streamers, beams) stays transformers'
-business; it sees a cache that already holds the prompt but for its last `decode_tail_tokens` tokens, which go
-through the decode path.
+The cache then holds the prompt but for its last `decode_tail_tokens` tokens, which go through the decode path. Greedy
+search and sampling run in our loop (`decode_loop.py`), from captured steps on a GPU; everything else that `generate`
+can do (processors, stopping criteria, beams, drafts) stays transformers' business, on the same cache.
 """
 
 import logging
@@ -14,9 +14,20 @@ from transformers import LogitsProcessor, LogitsProcessorList, StoppingCriteria,
 
 from rheo_offload.errors import CacheError, NonFiniteError, RheoError
 from rheo_offload.metrics.clock import RunClock
+from rheo_offload.model.decode_loop import DecodeLoop, stepper_of
 from rheo_offload.model.prefill import prefill_rows
 
 logger = logging.getLogger("rheo_offload")
+
+# Options that make `generate` choose another method than greedy search or sampling, or that need its tokenizer.
+OTHER_MODES = (
+    "penalty_alpha",
+    "dola_layers",
+    "prompt_lookup_num_tokens",
+    "assistant_model",
+    "num_beam_groups",
+    "stop_strings",
+)
 
 REFUSED = {
     "cache_implementation": "an offloaded model has one cache, in host memory",
@@ -136,18 +147,14 @@ def _is_assisted(model: Any, kwargs: dict[str, Any]) -> bool:
 
 
 def _feed_tail(model: Any, cache: Any, ids: torch.Tensor) -> None:
-    """Feed prompt tokens [B, n] one by one through the decode path."""
-    for i in range(ids.shape[1]):
-        lengths = torch.tensor(cache.executor.cache.lengths, device=ids.device)
-        with torch.no_grad():
-            model(
-                input_ids=ids[:, i : i + 1],
-                position_ids=lengths[:, None],
-                past_key_values=cache,
-                attention_mask=None,
-                use_cache=True,
-                logits_to_keep=1,
-            )
+    """Feed prompt tokens [B, n] one by one through the decode path; what the steps choose is not used."""
+    if ids.shape[1] == 0:
+        return
+    stepper = stepper_of(model, cache)
+    with model._optimize_model_for_decode():
+        for i in range(ids.shape[1]):
+            stepper.ids.copy_(ids[:, i : i + 1])
+            stepper.launch()
 
 
 def _run_stock(
@@ -158,6 +165,11 @@ def _run_stock(
     criteria = StoppingCriteriaList(
         [*(kwargs.pop("stopping_criteria", None) or []), _StopWatch(clock, watch)]
     )
+    beams = _option(model, kwargs, "num_beams") or 1
+    if beams == 1 and not any(_option(model, kwargs, name) for name in OTHER_MODES):
+        kwargs.setdefault(
+            "custom_generate", DecodeLoop(cache, clock, _LogitsWatch, _StopWatch, kwargs.get("streamer"))
+        )
     out = stock(
         model, ids, past_key_values=cache, logits_processor=processors, stopping_criteria=criteria, **kwargs
     )

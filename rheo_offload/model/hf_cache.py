@@ -5,7 +5,8 @@ has the mask, stores them. Lengths here are HF's: padding included, the same for
 """
 
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -91,7 +92,10 @@ class RheoCache(Cache):
         self.hf_length = 0
         self.padding: list[int] = []
         self._rows: slice | None = None  # set while one row of the batch is prefilled alone
+        self._driven: int | None = None  # set while a Stepper runs a step over that many rows
         self._closed = False
+        self.stepper: Any = None
+        """The captured steps over this cache (`stepper.Stepper`), once something was generated."""
 
     @property
     def executor(self) -> Executor:
@@ -142,7 +146,19 @@ class RheoCache(Cache):
             self._begin(call, mask)
         return self.executor.forward(layer_idx, call)
 
+    @contextmanager
+    def driven(self, rows: int) -> Iterator[None]:
+        """Let a forward be a decode step over the first `rows` rows whose host part was done by the caller."""
+        self._driven = rows
+        try:
+            yield
+        finally:
+            self._driven = None
+
     def _begin(self, call: AttentionCall, mask: torch.Tensor | None) -> None:
+        if self._driven is not None:
+            self.executor.begin_decode_on_device(self._driven)
+            return
         batch, tokens = call.k.shape[0], call.k.shape[2]
         rows = self._rows or slice(0, batch)
         ex = self.open(batch, tokens, call.k.dtype, call.k.device)
@@ -230,6 +246,9 @@ class RheoCache(Cache):
     def close(self) -> None:
         """Give host pages and device memory back. Idempotent."""
         self._closed = True
+        if self.stepper is not None:
+            self.stepper.close()
+            self.stepper = None
         if self._executor is not None:
             self._executor.cache.close()
             self._executor = None

@@ -24,6 +24,7 @@ from rheo_offload.execution.executor import STAGE_BLOCKS, STAGE_BYTES, Executor
 from rheo_offload.metrics.stats import Stats
 from rheo_offload.model import attention_hook
 from rheo_offload.model.collect import collect_stats
+from rheo_offload.model.fused import FusedReport, fuse_as_configured, unfuse
 from rheo_offload.model.generation import rheo_generate
 from rheo_offload.model.hf_cache import RheoCache
 from rheo_offload.model.prefill import prefill_rows
@@ -48,6 +49,7 @@ class RheoHandle:
         self.specs = layer_specs(model.config)
         self.original_attention = original_attention
         self.max_positions = max_positions(model.config)
+        self.fused: FusedReport | None = None
         self._store: HostStore | None = None
         self._caches: weakref.WeakSet[RheoCache] = weakref.WeakSet()
         self._last: RheoCache | None = None
@@ -315,9 +317,11 @@ def offload(
             raise UnsupportedModelError(
                 ["its modeling file does not go through transformers' attention interface"]
             )
+        handle.fused = fuse_as_configured(model, config.execution.fused)
         if check:
             self_test(model, handle.specs)
     except BaseException:
+        unfuse(model)
         model.set_attn_implementation(original)
         raise
     model.rheo = handle
@@ -336,6 +340,7 @@ def restore(model: PreTrainedModel) -> PreTrainedModel:
         return model
     model.__dict__.pop("generate", None)
     handle.close()
+    unfuse(model)
     model.set_attn_implementation(handle.original_attention)
     return model
 

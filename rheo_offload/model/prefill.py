@@ -67,8 +67,9 @@ def prefill_rows(
     done, tokens = 0, sum(total - padding[row] - held[row] for row in range(0, batch, shared))
     for row, at in work:
         end = min(at + chunk_tokens, total)
-        with _one_row(cache, ex, row, last=end == total):
-            _forward(model, cache, input_ids[row : row + 1, at:end], at - padding[row])
+        prefill_piece(
+            model, cache, row, input_ids[row : row + 1, at:end], at - padding[row], last=end == total
+        )
         done += end - at
         if progress is not None:
             progress(done, tokens)
@@ -78,6 +79,17 @@ def prefill_rows(
         ex.cache.reserve([longest - p for p in padding])
     if warm and work:
         ex.warm()
+
+
+def prefill_piece(
+    model: PreTrainedModel, cache: RheoCache, row: int, ids: torch.Tensor, position: int, *, last: bool
+) -> None:
+    """Read `ids` [1, n], the tokens of one row from `position` on, on top of what the row holds.
+
+    `last` says that decoding comes next: the last queries then tell which blocks it will want.
+    """
+    with _one_row(cache, cache.executor, row, last=last):
+        _forward(model, cache, ids, position)
 
 
 @contextmanager

@@ -10,6 +10,7 @@ import torch
 
 SummaryKind = Literal["none", "mean", "minmax"]
 Normalise = Literal["none", "sum", "softmax"]
+ScoreKind = Literal["none", "mean", "windows", "minmax", "given"]
 
 
 class Selector(Protocol):
@@ -22,6 +23,8 @@ class Selector(Protocol):
     """How block scores become heat."""
     query_aware: ClassVar[bool]
     """Whether the method scores at all (False: forced blocks only)."""
+    score_kind: ClassVar[ScoreKind]
+    """Which scorer the op `decide` runs in its own launch; `given`: none has been built in, call `score` first."""
 
     def summary_width(self, block_size: int) -> int:
         """Return the number of D-wide summary vectors per block (W)."""

@@ -2,7 +2,7 @@
 
 from typing import ClassVar
 
-from rheo_offload.selection.base import Normalise, SummaryKind
+from rheo_offload.selection.base import Normalise, ScoreKind, SummaryKind
 
 
 class Full:
@@ -12,6 +12,7 @@ class Full:
     summary_kind: ClassVar[SummaryKind] = "none"
     normalise: ClassVar[Normalise] = "none"
     query_aware: ClassVar[bool] = False
+    score_kind: ClassVar[ScoreKind] = "none"
 
     def summary_width(self, block_size: int) -> int:
         """Return 0: nothing is scored."""

@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 
 import torch
 
-from rheo_offload.selection.base import Normalise, SummaryKind
+from rheo_offload.selection.base import Normalise, ScoreKind, SummaryKind
 
 WINDOW_STRIDE = 16
 
@@ -21,6 +21,7 @@ class InfLLMV2:
     summary_kind: ClassVar[SummaryKind] = "mean"
     normalise: ClassVar[Normalise] = "sum"
     query_aware: ClassVar[bool] = True
+    score_kind: ClassVar[ScoreKind] = "windows"
 
     def summary_width(self, block_size: int) -> int:
         """Return the sub-means per block: one per stride."""

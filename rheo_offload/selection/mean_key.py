@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 
 import torch
 
-from rheo_offload.selection.base import Normalise, SummaryKind
+from rheo_offload.selection.base import Normalise, ScoreKind, SummaryKind
 
 
 class MeanKey:
@@ -18,6 +18,7 @@ class MeanKey:
     summary_kind: ClassVar[SummaryKind] = "mean"
     normalise: ClassVar[Normalise] = "sum"
     query_aware: ClassVar[bool] = True
+    score_kind: ClassVar[ScoreKind] = "mean"
 
     def summary_width(self, block_size: int) -> int:
         """Return 1: one mean per block."""

@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 
 import torch
 
-from rheo_offload.selection.base import Normalise, SummaryKind
+from rheo_offload.selection.base import Normalise, ScoreKind, SummaryKind
 
 
 class Quest:
@@ -18,6 +18,7 @@ class Quest:
     summary_kind: ClassVar[SummaryKind] = "minmax"
     normalise: ClassVar[Normalise] = "softmax"
     query_aware: ClassVar[bool] = True
+    score_kind: ClassVar[ScoreKind] = "minmax"
 
     def summary_width(self, block_size: int) -> int:
         """Return 2: the maximum, then the minimum."""

@@ -6,7 +6,7 @@ may need it again.
 
 from typing import ClassVar
 
-from rheo_offload.selection.base import Normalise, SummaryKind
+from rheo_offload.selection.base import Normalise, ScoreKind, SummaryKind
 
 
 class Streaming:
@@ -16,6 +16,7 @@ class Streaming:
     summary_kind: ClassVar[SummaryKind] = "none"
     normalise: ClassVar[Normalise] = "none"
     query_aware: ClassVar[bool] = False
+    score_kind: ClassVar[ScoreKind] = "none"
 
     def summary_width(self, block_size: int) -> int:
         """Return 0: nothing is scored."""

@@ -67,6 +67,21 @@ def test_a_batch_of_prompts_equals_each_alone(model_dir: Path, tmp_path: Path, c
     ]
 
 
+def test_a_queue_of_prompts_equals_one_batch(model_dir: Path, tmp_path: Path, capsys):
+    """Five prompts through two rows: the others join as rows become free."""
+    file = tmp_path / "prompts.jsonl"
+    file.write_text("\n".join(json.dumps({"prompt": PROMPT[: 20 + 40 * i]}) for i in range(5)))
+    common = ["--model", model_dir, "--prompts-file", file, "--max-new-tokens", 6, "--json"]
+    records = []
+    for more in ([], ["--max-batch", 2]):
+        assert rheo(*common, *more) == 0
+        records.append(json.loads(capsys.readouterr().out))
+    assert records[0]["results"] == records[1]["results"]
+    assert records[1]["stats"]["new_tokens"] == 30 and records[1]["stats"]["prompt_tokens"] > 400
+    assert rheo(*common, "--max-batch", 2, "--repetition-penalty", 1.2) == 2
+    assert "--repetition-penalty does not work together with --max-batch" in capsys.readouterr().err
+
+
 def test_a_prompt_from_stdin_and_a_small_budget(model_dir: Path, capsys, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr("sys.stdin", io.StringIO(PROMPT))
     small = [

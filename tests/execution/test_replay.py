@@ -90,7 +90,8 @@ def test_recorded_layer_replays(method):
             recorder.recording = False
         else:
             ex.cache.before_decode()  # the host's part
-            ex.begin_decode_on_device()
+            ex.cache.after_decode()
+            ex.begin_decode_on_device(rows)
             for op, args, kwargs in recorder.calls:
                 op(*args, **kwargs)
         for i in range(2):
@@ -142,6 +143,7 @@ def test_captured_step_equals_eager(family):
             got = logits
         else:
             captured.executor.cache.before_decode()
+            captured.executor.cache.after_decode()
             graph.replay()
             got = logits
         assert torch.allclose(got, truth, atol=1e-4, rtol=1e-4), f"step {step}"

@@ -51,7 +51,8 @@ def drop_before_every_step(model):
     def before(module, args, kwargs):
         cache = kwargs.get("past_key_values")
         if cache is not None and not cache.is_empty and kwargs["input_ids"].shape[1] == 1:
-            cache.executor.cache.check_integrity()
+            if not (torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()):
+                cache.executor.cache.check_integrity()  # which reads the device
             cache.executor.cache.drop_blocks()
 
     return model.register_forward_pre_hook(before, with_kwargs=True)

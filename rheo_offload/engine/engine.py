@@ -1,0 +1,371 @@
+"""Continuous batching over one offloaded model: requests join, stream their tokens and leave while others decode.
+
+One iteration (`Engine.step`):
+
+    admit     requests that fit get a row and host pages
+    prefill   one piece of one prompt
+    launch    one decode step of every running row: a replayed graph of the batch bucket
+    read      the tokens of the step before, while this one runs; what ended leaves
+    tidy      rows move together, and the device's slots are shared out anew, when the batch changed enough
+
+Nothing is captured again when requests join, leave or grow: rows, lengths and pages are device data.
+"""
+
+import logging
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from itertools import count
+from typing import Any
+
+import torch
+
+from rheo_offload.engine.request import Request, State
+from rheo_offload.engine.scheduler import Scheduler
+from rheo_offload.errors import EngineError, NonFiniteError, RheoError
+from rheo_offload.execution.graph import buckets_for
+from rheo_offload.execution.sampler import Sampler, SamplingParams
+from rheo_offload.model.prefill import prefill_piece
+from rheo_offload.model.stepper import MAX_STOP_IDS, Stepper
+
+logger = logging.getLogger("rheo_offload")
+
+RESHARE_AFTER_STEPS = 32
+"""Steps with a smaller batch before absent rows' slots go to the present ones, whose blocks are then read again."""
+
+
+class Engine:
+    """Serves requests with an offloaded model. Calls come from one thread."""
+
+    def __init__(
+        self,
+        model: Any,
+        *,
+        max_rows: int,
+        max_context_tokens: int,
+        allow_overtaking: bool = False,
+        on_capture: Callable[[int, str], None] | None = None,
+    ) -> None:
+        """Take the memory for `max_rows` rows of up to `max_context_tokens` tokens.
+
+        Args:
+            model: an offloaded model.
+            max_rows: requests that decode at once.
+            max_context_tokens: longest request, prompt and new tokens.
+            allow_overtaking: as `Scheduler`.
+            on_capture: told (rows, what) around every graph capture, for progress.
+
+        Raises:
+            EngineError: the model is not offloaded, or was made for fewer positions.
+            DeviceMemoryError, HostMemoryError: the rows do not fit; nothing is held.
+        """
+        handle = model.__dict__.get("rheo")
+        if handle is None:
+            raise EngineError("the model is not offloaded; call offload(model, config) first")
+        if handle.max_positions is not None and max_context_tokens > handle.max_positions:
+            raise EngineError(
+                f"max_context_tokens of {max_context_tokens} is more than the {handle.max_positions} positions this "
+                "model was made for"
+            )
+        self.model, self.max_rows, self.max_context_tokens = model, max_rows, max_context_tokens
+        self._allow_overtaking, self._on_capture = allow_overtaking, on_capture
+        self._ids = count()
+        self._open()
+
+    def _open(self) -> None:
+        """Allocate cache, stepper and scheduler; what an earlier set held was given back before."""
+        model, rows = self.model, self.max_rows
+        self.cache = model.rheo.new_cache(max_length=self.max_context_tokens)
+        self._ex = self.cache.open(rows, self.max_context_tokens, model.dtype, model.device)
+        self._kv = self._ex.cache
+        self._kv.active.zero_()
+        vocabulary = model.get_output_embeddings().weight.shape[0]
+        self.stepper = Stepper(
+            model,
+            self.cache,
+            Sampler(rows, vocabulary, self._kv.device, self._ex.ops),
+            graph=model.rheo.config.execution.graph != "off",
+            retire=True,
+            on_capture=self._on_capture,
+        )
+        store = self._kv.store
+        self.scheduler = Scheduler(
+            rows,
+            buckets_for(rows),
+            self._kv.block_size,
+            self.max_context_tokens,
+            (lambda: store.pages_free) if store is not None else (lambda: rows * self._kv.max_blocks),
+            allow_overtaking=self._allow_overtaking,
+        )
+        self.cache.clock.start(0, 0)
+        self._in_flight: deque[tuple[int, list[tuple[int, Request]]]] = deque()
+        self._steps_with_fewer = 0
+        self.steps = 0
+
+    # ---- requests ----------------------------------------------------------------------------------------------------
+
+    def submit(
+        self,
+        prompt_ids: Sequence[int] | torch.Tensor,
+        params: SamplingParams | None = None,
+        *,
+        request_id: str | None = None,
+        on_token: Callable[[Request, int], None] | None = None,
+    ) -> Request:
+        """Queue a request; it runs while `step` is called.
+
+        Args:
+            prompt_ids: token ids of the prompt.
+            params: how tokens are chosen and what ends the request.
+            request_id: a name of its own; a number when None.
+            on_token: called with (request, token) for every new token, in order, from within `step`.
+
+        Raises:
+            RequestError: it can never run (too long, an empty prompt, an id in use).
+        """
+        request = Request(
+            id=str(next(self._ids)) if request_id is None else request_id,
+            prompt_ids=torch.as_tensor(prompt_ids, dtype=torch.int64, device="cpu"),
+            params=params or SamplingParams(),
+            eos_token_ids=_end_tokens(self.model),
+            on_token=on_token,
+        )
+        if len(request.stop_ids) > MAX_STOP_IDS:
+            raise EngineError(
+                f"request {request.id!r} has {len(request.stop_ids)} stop tokens; at most {MAX_STOP_IDS}"
+            )
+        self.scheduler.submit(request)
+        self.cache.clock.prompt_tokens += request.prompt_tokens
+        self.cache.clock.rows += 1
+        return request
+
+    def cancel(self, request_id: str) -> bool:
+        """End a request, waiting or running; returns whether there was one of this id."""
+        row_of = {r.id: r.row for r in self.scheduler.active}
+        if self.scheduler.cancel(request_id) is None:
+            return False
+        row = row_of.get(request_id)
+        if row is not None:
+            self._release(row)
+        return True
+
+    @property
+    def is_idle(self) -> bool:
+        """Whether every request has ended and its last tokens were read."""
+        return self.scheduler.is_idle and not self._in_flight
+
+    def run(self) -> None:
+        """Step until every request has ended."""
+        while not self.is_idle:
+            self.step()
+
+    def generate(
+        self, prompts: Sequence[Sequence[int] | torch.Tensor], params: SamplingParams | None = None
+    ) -> list[list[int]]:
+        """Answer all prompts; returns the new tokens of each.
+
+        Raises:
+            RequestError: a prompt can never run; none was queued.
+            EngineError: a step failed; what had finished before is lost with the rest.
+        """
+        requests: list[Request] = []
+        try:
+            for prompt in prompts:
+                requests.append(self.submit(prompt, params))
+        except RheoError:
+            for request in requests:
+                self.cancel(request.id)
+            raise
+        self.run()
+        failed = [r for r in requests if r.error is not None]
+        if failed:
+            raise EngineError(f"request {failed[0].id!r} failed: {failed[0].error}") from failed[0].error
+        return [r.output_ids for r in requests]
+
+    # ---- one iteration -----------------------------------------------------------------------------------------------
+
+    def step(self) -> bool:
+        """Run one iteration; returns whether anything is left to do.
+
+        Raises:
+            EngineError: the step failed. Every request that had a row has failed with it (the message has their ids);
+                waiting ones are kept, and the engine can go on.
+        """
+        try:
+            with self.model._optimize_model_for_decode():
+                self._iterate()
+        except Exception as error:
+            self._recover(error)
+        return not self.is_idle
+
+    def _iterate(self) -> None:
+        for request in self.scheduler.admit():
+            self._admit(request)
+        piece = self.scheduler.next_chunk(self.model.rheo.config.prefill.chunk_tokens)
+        if piece is not None:
+            self._prefill(*piece)
+        rows = [(request.row, request) for request in self.scheduler.active if request.state is State.RUNNING]
+        launched = bool(rows)
+        if rows:
+            self._in_flight.append((self.stepper.launch([row for row, _ in rows]), rows))  # type: ignore[misc, arg-type]
+            self.steps += 1
+        if self._in_flight and (len(self._in_flight) > 1 or not launched):
+            self._read()
+        self._tidy()
+
+    def _admit(self, request: Request) -> None:
+        kv, row = self._kv, request.row
+        assert row is not None
+        tokens = [len(pages) * kv.block_size for pages in kv.pages]
+        tokens[row] = request.total_tokens
+        kv.reserve(tokens)
+        if row >= kv.sharing_rows:
+            self._share(self._rows_in_use())
+        if request.state is State.RUNNING:  # a prompt of one token
+            self._start(request)
+
+    def _prefill(self, request: Request, start: int, end: int) -> None:
+        row = request.row
+        assert row is not None
+        ids = self._kv.upload(request.prompt_ids[start:end], torch.int64)[None]
+        prefill_piece(self.model, self.cache, row, ids, start, last=end == request.prefill_tokens)
+        self.scheduler.prefilled(request, end)
+        if request.state is State.RUNNING:
+            self._ex.warm(slice(row, row + 1))
+            self._start(request)
+
+    def _start(self, request: Request) -> None:
+        """Let the request's row take part in the following steps."""
+        assert request.row is not None
+        self.stepper.start_row(
+            request.row,
+            last_token=int(request.prompt_ids[-1]),
+            max_new_tokens=request.params.max_new_tokens,
+            stop_ids=sorted(request.stop_ids),
+            params=request.params,
+        )
+
+    def _read(self) -> None:
+        """Hand the oldest unread step's tokens to their requests."""
+        number, rows = self._in_flight.popleft()
+        got = self.stepper.read(number)
+        clock = self.cache.clock
+        clock.tick()
+        for row, request in rows:
+            if request.is_done:
+                continue  # it ended in the step before: this step left its row alone
+            if got.bad[row]:
+                where = (
+                    f"request {request.id!r}: logits not finite at new token {len(request.output_ids) + 1}"
+                )
+                self._end(request, error=NonFiniteError(where))
+                continue
+            clock.finish((clock.new_tokens or 0) + 1)
+            reason = request.add_token(int(got.tokens[row]))
+            if reason is not None and not request.is_done:
+                self._end(request, reason=reason)
+
+    def _end(self, request: Request, *, reason: Any = None, error: Exception | None = None) -> None:
+        row = request.row
+        assert row is not None
+        if error is not None:
+            self.scheduler.fail(request, error)
+        else:
+            self.scheduler.finish(request, reason)
+        self._release(row)
+
+    def _release(self, row: int) -> None:
+        """Empty a row, behind the step in flight (which may still touch it when the host ended the request)."""
+        self._kv.release_row(row)
+        self.stepper.sampler.clear_row(row)
+
+    # ---- the batch changes -------------------------------------------------------------------------------------------
+
+    def _tidy(self) -> None:
+        """Move rows together, and give absent rows' slots to the present ones once the batch has stayed small."""
+        for source, target in self.scheduler.compaction():
+            self._kv.move_row(source, target)
+            self.stepper.move_row(source, target)
+            if target < self._kv.sharing_rows:
+                self._ex.warm(slice(target, target + 1))
+        bucket = self._rows_in_use()
+        fewer = 0 < bucket < self._kv.sharing_rows and self._kv.capacity < self._longest_blocks()
+        self._steps_with_fewer = self._steps_with_fewer + 1 if fewer else 0
+        if self._steps_with_fewer > RESHARE_AFTER_STEPS:
+            self._share(bucket)
+
+    def _share(self, rows: int) -> None:
+        """Deal the slots out to the first `rows` rows and load what they will want."""
+        logger.debug("slots are shared by %d rows", rows)
+        self._steps_with_fewer = 0
+        self._kv.share_slots(rows)
+        self._ex.warm(slice(0, rows))
+
+    def _rows_in_use(self) -> int:
+        """The batch bucket that covers every row in use, those that are prefilled included; 0 when none is."""
+        top = max((r.row for r in self.scheduler.active if r.row is not None), default=-1) + 1
+        return self.stepper.runner.bucket_of(top) if top else 0
+
+    def _longest_blocks(self) -> int:
+        return self._kv.blocks_of(max(self._kv.lengths, default=0))
+
+    # ---- when something breaks ---------------------------------------------------------------------------------------
+
+    def _recover(self, error: Exception) -> None:
+        """Fail what was running, start over with an empty cache, and raise what happened."""
+        failed = list(self.scheduler.active)
+        waiting = list(self.scheduler.waiting)
+        for request in failed:
+            self.scheduler.fail(request, error)
+        names = ", ".join(repr(r.id) for r in failed) or "none"
+        first = str(error).splitlines()[0] if str(error) else type(error).__name__
+        message = f"a step failed ({first}); requests that ran: {names}"
+        self.stepper.close()
+        self.cache.close()
+        try:
+            self._open()
+        except Exception as fatal:
+            raise EngineError(
+                f"{message}; the engine could not start over: {fatal}; restart the process"
+            ) from error
+        for request in waiting:
+            self.scheduler.submit(request)
+        raise EngineError(f"{message}; the engine goes on with {len(waiting)} waiting request(s)") from error
+
+    def stats(self) -> Any:
+        """Return the figures of the cache since the engine started (`Stats`). Waits for the device."""
+        return self.model.rheo.stats(self.cache)
+
+    def close(self) -> None:
+        """Give all memory back. Requests that have not ended are cancelled."""
+        for request in (*self.scheduler.waiting, *self.scheduler.active):
+            self.scheduler.cancel(request.id)
+        self.stepper.close()
+        self.cache.close()
+
+    def __enter__(self) -> "Engine":
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+
+def stream(engine: Engine, request: Request) -> Iterator[int]:
+    """Yield a request's tokens as they come, stepping the engine for everybody meanwhile.
+
+    Raises:
+        EngineError: the request failed.
+    """
+    given = 0
+    while True:
+        yield from request.output_ids[given:]
+        given = len(request.output_ids)
+        if request.is_done and given == len(request.output_ids):
+            break
+        engine.step()
+    if request.error is not None:
+        raise EngineError(f"request {request.id!r} failed: {request.error}") from request.error
+
+
+def _end_tokens(model: Any) -> tuple[int, ...]:
+    ids = model.generation_config.eos_token_id
+    return () if ids is None else tuple(int(i) for i in (ids if isinstance(ids, list | tuple) else [ids]))

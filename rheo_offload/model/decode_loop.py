@@ -1,0 +1,172 @@
+"""The decoding loop behind `model.generate`: greedy and sampled tokens from captured steps, read one step late.
+
+transformers prepares processors and criteria and hands them over (`custom_generate`). What this loop does not know runs
+in transformers' own loop, eagerly, on the same cache, with one log line that says why.
+"""
+
+import logging
+import time
+from collections import deque
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from transformers import LogitsProcessor, StoppingCriteria, TemperatureLogitsWarper
+from transformers.generation import (
+    EosTokenCriteria,
+    MaxLengthCriteria,
+    MaxTimeCriteria,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
+
+from rheo_offload.device import is_cuda
+from rheo_offload.errors import NonFiniteError
+from rheo_offload.execution.sampler import Sampler, SamplingParams
+from rheo_offload.metrics.clock import RunClock
+from rheo_offload.model.hf_cache import RheoCache
+from rheo_offload.model.stepper import MAX_STOP_IDS, Stepper
+
+logger = logging.getLogger("rheo_offload")
+
+KEPT_ASIDE = (
+    "output_attentions",
+    "output_hidden_states",
+    "output_scores",
+    "output_logits",
+    "return_dict_in_generate",
+)
+
+
+@dataclass(slots=True)
+class DecodeLoop:
+    """What `generate` passes as `custom_generate`; transformers' arguments arrive at the call."""
+
+    cache: RheoCache
+    clock: RunClock
+    own_logits: type[LogitsProcessor]
+    """The processor that watches for bad logits in transformers' loop; this loop watches by itself."""
+    own_criteria: type[StoppingCriteria]
+    streamer: Any = None
+    """Handed over here because transformers drops it on the way to a `custom_generate`."""
+
+    def __call__(
+        self,
+        model: Any,
+        input_ids: torch.Tensor,
+        logits_processor: Any,
+        stopping_criteria: Any,
+        generation_config: Any,
+        **model_kwargs: Any,
+    ) -> Any:
+        """Generate; arguments and result as `GenerationMixin._sample`."""
+        why = self._why_not(model, logits_processor, stopping_criteria, generation_config)
+        if why is not None:
+            if why:
+                logger.info("generate runs transformers' own loop, without graphs: %s", why)
+            return model._sample(
+                input_ids,
+                logits_processor=logits_processor,
+                stopping_criteria=stopping_criteria,
+                generation_config=generation_config,
+                streamer=self.streamer,
+                **model_kwargs,
+            )
+        stepper = self._prepare(model, input_ids, logits_processor, stopping_criteria, generation_config)
+        with model._optimize_model_for_decode():  # mixtures of experts: a form that can be captured
+            return self._run(stepper, input_ids, stopping_criteria)
+
+    def _why_not(self, model: Any, processors: Any, criteria: Any, config: Any) -> str | None:
+        """Why transformers' loop must run: a reason worth a log line, or an empty one; None when ours can."""
+        known = (self.own_logits, TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper)
+        odd = [type(p).__name__ for p in processors if not isinstance(p, known)]
+        stops = (self.own_criteria, MaxLengthCriteria, EosTokenCriteria, MaxTimeCriteria)
+        odd += [type(c).__name__ for c in criteria if not isinstance(c, stops)]
+        if odd:
+            return f"it has no {', '.join(odd)}"
+        asked = [name for name in KEPT_ASIDE if getattr(config, name, None)]
+        if asked:
+            return f"it keeps no {', '.join(asked)}"
+        if len(_stop_ids(criteria)) > MAX_STOP_IDS:
+            return f"it compares with {MAX_STOP_IDS} end tokens at most"
+        graph = model.rheo.config.execution.graph != "off"
+        if not graph or (config.do_sample and not is_cuda(model.device)):
+            return ""  # nothing would be gained, and sampling draws what the stock model draws
+        return None
+
+    def _prepare(
+        self, model: Any, input_ids: torch.Tensor, processors: Any, criteria: Any, config: Any
+    ) -> Stepper:
+        """Bring the cache's stepper, made once, to the state of this call."""
+        stepper = stepper_of(model, self.cache)
+        rows, device = input_ids.shape[0], input_ids.device
+        params = _sampling(processors) if config.do_sample else {}
+        for row in range(rows):  # every row draws for itself: the seeds come from torch's generator
+            stepper.sampler.set_row(row, SamplingParams(**params))
+        stops = _stop_ids(criteria)
+        stepper.stop_ids.fill_(-1)
+        stepper.stop_ids[:, : len(stops)] = torch.tensor(stops, dtype=torch.int64, device=device)
+        pad = config._pad_token_tensor
+        stepper.pad_ids.fill_(int(pad) if pad is not None else 0)
+        stepper.done.zero_()
+        stepper.sampler.bad.zero_()
+        stepper.ids.copy_(input_ids[:, -1:])
+        return stepper
+
+    def _run(self, stepper: Stepper, input_ids: torch.Tensor, criteria: Any) -> torch.Tensor:
+        limit = criteria.max_length - input_ids.shape[1] if criteria.max_length is not None else None
+        timers = [c for c in criteria if isinstance(c, MaxTimeCriteria)]
+        in_flight: deque[int] = deque()
+        columns: list[torch.Tensor] = []
+        launched, stop = 0, False
+        while not stop and (limit is None or len(columns) < limit):
+            if limit is None or launched < limit:
+                in_flight.append(stepper.launch())
+                launched += 1
+                if len(in_flight) == 1 and launched != limit:
+                    continue  # always one step ahead of what is read
+            got = stepper.read(in_flight.popleft())
+            self.clock.tick()
+            if got.bad.any():
+                raise NonFiniteError(
+                    f"the model's logits were not finite at new token {len(columns) + 1}; generation stopped"
+                )
+            columns.append(torch.from_numpy(got.tokens))
+            if self.streamer is not None:
+                self.streamer.put(columns[-1])
+            stop = bool(got.done.all()) or any(time.time() - t.initial_timestamp > t.max_time for t in timers)
+        if in_flight:  # the step that ran too far never happened
+            self.cache.crop(-len(in_flight))
+        if self.streamer is not None:
+            self.streamer.end()
+        made = torch.stack(columns, 1) if columns else torch.empty(len(input_ids), 0, dtype=input_ids.dtype)
+        return torch.cat([input_ids, made.to(input_ids)], 1)
+
+
+def stepper_of(model: Any, cache: RheoCache) -> Stepper:
+    """Return the stepper of a cache that holds a prompt; made on first use and kept, graphs included."""
+    if cache.stepper is None:
+        kv = cache.executor.cache
+        vocabulary = model.get_output_embeddings().weight.shape[0]
+        sampler = Sampler(kv.rows, vocabulary, kv.device, cache.executor.ops)
+        graph = model.rheo.config.execution.graph != "off"
+        cache.stepper = Stepper(model, cache, sampler, graph=graph)
+    assert isinstance(cache.stepper, Stepper)
+    return cache.stepper
+
+
+def _stop_ids(criteria: Any) -> list[int]:
+    found = [c.eos_token_id for c in criteria if isinstance(c, EosTokenCriteria)]
+    return sorted({int(i) for ids in found for i in torch.as_tensor(ids).flatten().tolist()})
+
+
+def _sampling(processors: Any) -> dict[str, Any]:
+    params: dict[str, Any] = {"temperature": 1.0}
+    for p in processors:
+        if isinstance(p, TemperatureLogitsWarper):
+            params["temperature"] = p.temperature
+        elif isinstance(p, TopKLogitsWarper):
+            params["top_k"] = p.top_k
+        elif isinstance(p, TopPLogitsWarper):
+            params["top_p"] = p.top_p
+    return params
