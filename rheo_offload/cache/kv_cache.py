@@ -214,7 +214,8 @@ class KVCache:
         self.advance_host([int(t) for t in self._takes(rows)])
 
     def _takes(self, rows: Sequence[int] | None) -> list[bool]:
-        return [rows is None or row in rows for row in range(self.rows)]
+        chosen = range(self.rows) if rows is None else frozenset(rows)
+        return [row in chosen for row in range(self.rows)]
 
     def begin_decode(self, rows: int) -> None:
         """Device part of a decode step over the first `rows` rows (captured with it): the clock and the step number."""

@@ -12,7 +12,7 @@ from tqdm import tqdm
 from transformers import TextStreamer
 from transformers.generation.streamers import BaseStreamer
 
-from rheo_offload import Engine, SamplingParams, Stats, offload
+from rheo_offload import Engine, Request, SamplingParams, Stats, offload
 from rheo_offload.cli.options import add_config_options, at_least, config_from
 from rheo_offload.errors import CacheError, RheoError
 from rheo_offload.model.loader import load
@@ -146,8 +146,10 @@ def generate_queue(model: Any, rows: list[list[int]], recorder: "Recorder", args
         tqdm(total=tokens, unit="tok", desc="decode", file=sys.stderr, leave=False, disable=None) as bar,
     ):
 
-        def add(row: int, token: int) -> None:
-            recorder.new_tokens[row].append(token)
+        row_of: dict[str, int] = {}
+
+        def add(request: Request, token: int) -> None:
+            recorder.new_tokens[row_of[request.id]].append(token)
             bar.update()
 
         for i, ids in enumerate(rows):
@@ -157,7 +159,7 @@ def generate_queue(model: Any, rows: list[list[int]], recorder: "Recorder", args
                 top_p=1.0 if args.top_p is None else args.top_p,
                 max_new_tokens=args.max_new_tokens,
             )
-            engine.submit(ids, params, on_token=lambda request, token, row=i: add(row, token))
+            row_of[engine.submit(ids, params, on_token=add).id] = i
         engine.run()
         recorder.stats = engine.stats()
 

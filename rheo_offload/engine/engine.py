@@ -191,8 +191,7 @@ class Engine:
                 waiting ones are kept, and the engine can go on.
         """
         try:
-            with self.model._optimize_model_for_decode():
-                self._iterate()
+            self._iterate()
         except Exception as error:
             self._recover(error)
         return not self.is_idle
@@ -204,11 +203,12 @@ class Engine:
         if piece is not None:
             self._prefill(*piece)
         rows = [(request.row, request) for request in self.scheduler.active if request.state is State.RUNNING]
-        launched = bool(rows)
         if rows:
-            self._in_flight.append((self.stepper.launch([row for row, _ in rows]), rows))  # type: ignore[misc, arg-type]
+            with self.model._optimize_model_for_decode():  # mixtures of experts: a form that can be captured
+                number = self.stepper.launch([row for row, _ in rows])  # type: ignore[misc]
+            self._in_flight.append((number, rows))  # type: ignore[arg-type]
             self.steps += 1
-        if self._in_flight and (len(self._in_flight) > 1 or not launched):
+        if self._in_flight and (len(self._in_flight) > 1 or not rows):
             self._read()
         self._tidy()
 

@@ -25,7 +25,7 @@ from rheo_offload.errors import NonFiniteError
 from rheo_offload.execution.sampler import Sampler, SamplingParams
 from rheo_offload.metrics.clock import RunClock
 from rheo_offload.model.hf_cache import RheoCache
-from rheo_offload.model.stepper import MAX_STOP_IDS, Stepper
+from rheo_offload.model.stepper import MAX_STOP_IDS, Stepper, StepTokens
 
 logger = logging.getLogger("rheo_offload")
 
@@ -119,28 +119,35 @@ class DecodeLoop:
         in_flight: deque[int] = deque()
         columns: list[torch.Tensor] = []
         launched, stop = 0, False
-        while not stop and (limit is None or len(columns) < limit):
-            if limit is None or launched < limit:
-                in_flight.append(stepper.launch())
-                launched += 1
-                if len(in_flight) == 1 and launched != limit:
-                    continue  # always one step ahead of what is read
-            got = stepper.read(in_flight.popleft())
-            self.clock.tick()
-            if got.bad.any():
-                raise NonFiniteError(
-                    f"the model's logits were not finite at new token {len(columns) + 1}; generation stopped"
-                )
-            columns.append(torch.from_numpy(got.tokens))
-            if self.streamer is not None:
-                self.streamer.put(columns[-1])
-            stop = bool(got.done.all()) or any(time.time() - t.initial_timestamp > t.max_time for t in timers)
-        if in_flight:  # the step that ran too far never happened
-            self.cache.crop(-len(in_flight))
+        try:
+            while not stop and (limit is None or len(columns) < limit):
+                if limit is None or launched < limit:
+                    in_flight.append(stepper.launch())
+                    launched += 1
+                    if len(in_flight) == 1 and launched != limit:
+                        continue  # always one step ahead of what is read
+                got = self._read(stepper, in_flight.popleft(), len(columns))
+                columns.append(torch.from_numpy(got.tokens))
+                stop = bool(got.done.all())
+                stop = stop or any(time.time() - t.initial_timestamp > t.max_time for t in timers)
+        finally:
+            self.cache.crop(-len(in_flight))  # the step that ran too far never happened
         if self.streamer is not None:
             self.streamer.end()
         made = torch.stack(columns, 1) if columns else torch.empty(len(input_ids), 0, dtype=input_ids.dtype)
         return torch.cat([input_ids, made.to(input_ids)], 1)
+
+    def _read(self, stepper: Stepper, number: int, index: int) -> StepTokens:
+        """Read the step that made new token `index` and pass its tokens on."""
+        got = stepper.read(number)
+        self.clock.tick()
+        if got.bad.any():
+            raise NonFiniteError(
+                f"the model's logits were not finite at new token {index + 1}; generation stopped"
+            )
+        if self.streamer is not None:
+            self.streamer.put(torch.from_numpy(got.tokens))
+        return got
 
 
 def stepper_of(model: Any, cache: RheoCache) -> Stepper:

@@ -236,7 +236,8 @@ def _attention_forward(
         self, q, k, v, attention_mask,
         dropout=0.0, scaling=self.scaling, **state.family.attention_kwargs(self), **kwargs,
     )  # fmt: skip
-    return self.o_proj(out.reshape(*shape, -1)), weights
+    # two dims: a strided 3-D input (which an attention function may return) would become a product row by row
+    return self.o_proj(out.reshape(shape.numel(), -1)).view(*shape, -1), weights
 
 
 def _norm_forward(self: Any, hidden_states: Tensor) -> Tensor:

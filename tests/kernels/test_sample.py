@@ -394,7 +394,7 @@ def test_refused_scratch():
 @pytest.mark.parametrize(("B", "V"), [(1, 128256), (64, 128256), (3, MAX_VOCABULARY)])
 def test_captured_on_the_device(dtype, B, V):
     logits = (torch.randn(B, V) * 2).to(dtype)
-    rules = [(rule * 8)[4 : 4 + B] for rule in RULES]
+    rules = [(rule * 9)[4 : 4 + B] for rule in RULES]
     positions, seeds = torch.arange(B) * 77, torch.arange(B) + 5
     want, _ = run(truth.sample, "cpu", logits, rules, positions, seeds)
     x, at, seed = logits.cuda(), positions.cuda(), seeds.cuda()

@@ -62,8 +62,15 @@ def greedy(model):
 
 
 def named(name, **kwargs):
+    """Build a model whose norms have different weights, so that one for another shows."""
     family, overrides = MODELS[name]
-    return tiny_model(family, device=DEVICE, **overrides, **kwargs)
+    model = tiny_model(family, device=DEVICE, **overrides, **kwargs)
+    generator = torch.Generator().manual_seed(3)
+    with torch.no_grad():
+        for parameter_name, p in model.named_parameters():
+            if "norm" in parameter_name:
+                p += (0.3 * torch.randn(p.shape, generator=generator)).to(p)
+    return model
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -301,6 +308,14 @@ def test_configured():
     with pytest.raises(UnsupportedModelError, match="fused=on: the model: Olmo2ForCausalLM is of no family"):
         offload(model, config(fused="on"))
     assert "rheo" not in model.__dict__ and model.config._attn_implementation == "eager"
+
+
+def test_on_is_all_or_nothing():
+    model = tiny_model("llama", device=DEVICE)
+    model.model.layers[1].mlp.act_fn = nn.ReLU()
+    with pytest.raises(UnsupportedModelError, match="fused=on: model.layers.1: activation ReLU"):
+        fused.fuse_as_configured(model, "on")
+    assert not any(STATE in m.__dict__ for m in model.modules())
 
 
 def test_a_failed_offload_takes_the_fused_forwards_off(monkeypatch):
