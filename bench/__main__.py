@@ -1,4 +1,4 @@
-"""Command line of the benchmarks: `python -m bench decode | gather | plot`."""
+"""Command line of the benchmarks: `python -m bench decode | targets | gather | record | prefetch | plot`."""
 
 import argparse
 import json
@@ -13,15 +13,20 @@ import numba
 import torch
 import yaml
 
-from bench import plots
-from bench.baselines import BASELINES
+from bench import plots, prefetch_plot, prefetch_suite, record_suite, targets
+from bench.baselines import BASELINES, DEFAULT_BASELINES
 from bench.decode import Sweep, run_decode
 from bench.env import environment, machine
+from bench.fused import run_fused
 from bench.gather import run_gather
+from bench.kernels import run_kernels
+from bench.prefetch_time import Machine
 from bench.schema import Environment, Row, write_rows
 from bench.sessions import ROUNDS
 from bench.shapes import load_model
 from bench.timing import Rates, measure_rates
+from bench.tune import tune
+from csrc_free_kernels.launch import TABLE
 from rheo_offload.config import RheoConfig
 from rheo_offload.errors import RheoError
 
@@ -90,7 +95,9 @@ def _parser() -> argparse.ArgumentParser:
     decode.add_argument("--model", help="config.json (random weights), model directory or hub id")
     decode.add_argument("--dtype", choices=("bfloat16", "float16", "float32"), default="bfloat16")
     decode.add_argument("--config", default="default", help="YAML file, or the name of a packaged one")
-    decode.add_argument("--baselines", type=_list_of(str), default=list(BASELINES), help=", ".join(BASELINES))
+    decode.add_argument(
+        "--baselines", type=_list_of(str), default=list(DEFAULT_BASELINES), help=", ".join(BASELINES)
+    )
     decode.add_argument("--steps", type=int, default=32, help="timed steps per case")
     decode.add_argument("--warmup", type=int, default=8, help="steps ahead of every timed round")
     decode.add_argument(
@@ -104,10 +111,33 @@ def _parser() -> argparse.ArgumentParser:
     )
     decode.set_defaults(run=_decode)
 
+    fused = suites.add_parser(
+        "fused", parents=[common], help="the step without attention, own modules against fused ones"
+    )
+    fused.add_argument("--batch-sizes", type=_list_of(int), default=[1, 16, 64], metavar="N,...")
+    fused.add_argument("--model", default="configs/models/llama-3.1-8b.json", help="as in decode")
+    fused.add_argument("--dtype", choices=("bfloat16", "float16", "float32"), default="bfloat16")
+    fused.add_argument("--steps", type=int, default=50, help="timed steps per case")
+    fused.set_defaults(run=_fused)
+
     gather = suites.add_parser(
         "gather", parents=[common], help="the copy of scattered blocks from host memory"
     )
     gather.set_defaults(run=_gather)
+
+    targets.add_parser(suites, common, _targets)
+    record_suite.add_parser(suites, common)
+    prefetch_suite.add_parser(suites, common, _prefetch)
+
+    kernels = suites.add_parser("kernels", parents=[common], help="the ops of a decode step, one by one")
+    kernels.add_argument("--batch-sizes", type=_list_of(int), default=[1, 8, 16, 32, 64], metavar="N,...")
+    kernels.add_argument("--blocks", type=_list_of(int), default=[256, 2048], metavar="N,...")
+    kernels.add_argument(
+        "--tune",
+        action="store_true",
+        help="write this device's launch table instead (to --out, else the package)",
+    )
+    kernels.set_defaults(run=_kernels)
 
     plot = suites.add_parser("plot", help="draw the figures of a results folder again")
     plot.add_argument("folder", type=Path)
@@ -135,6 +165,11 @@ class _Results:
         print(describe(row), flush=True)
         write_rows(self.folder / "rows.csv", self.rows, self.environment)
 
+    def extend(self, rows: Sequence[Row]) -> None:
+        """Save rows whose suite prints a table of its own."""
+        self.rows += rows
+        write_rows(self.folder / "rows.csv", self.rows, self.environment)
+
     def save(self, device: torch.device, rates: dict[str, float], settings: dict[str, object]) -> None:
         info = asdict(self.environment) | machine(device) | {"measured_bytes_per_s": rates}
         (self.folder / "env.json").write_text(json.dumps(info, indent=1) + "\n", encoding="utf-8")
@@ -151,6 +186,8 @@ def describe(row: Row) -> str:
     parts = [f"{row.case_id}: {row.metric} {row.p50:.4g} {row.unit}"]
     if row.p20 is not None:
         parts.append(f"[{row.p20:.4g}, {row.p80:.4g}] n={row.n}")
+    if row.target is not None:
+        parts.append(f"target {row.target:.4g} {'met' if row.target_met == 'true' else 'MISSED'}")
     if row.frac_of_floor is not None and row.floor_ms is not None:
         parts.append(f"floor {row.floor_ms:.3g} ms (at {row.frac_of_floor:.0%} of its speed)")
     if row.bytes_moved is not None:
@@ -162,6 +199,8 @@ def describe(row: Row) -> str:
     if row.peak_device_bytes is not None:
         beyond = row.peak_device_bytes - (row.weight_bytes or 0)
         parts.append(f"peak {row.peak_device_bytes / 2**30:.2f} GiB (weights + {beyond / 2**30:.2f})")
+    if row.note:
+        parts.append(row.note)
     return " | ".join(parts)
 
 
@@ -213,6 +252,20 @@ def _decode(args: argparse.Namespace, argv: Sequence[str]) -> int:
     return results.exit_code()
 
 
+def _fused(args: argparse.Namespace, argv: Sequence[str]) -> int:
+    device = _device(args)
+    if args.quick:
+        vars(args).update(model=None, batch_sizes=[1, 2], steps=5, dtype="float32")
+    model = load_model(args.model, device, getattr(torch, args.dtype))
+    results = _results(args, argv, "fused", device)
+    rates = measure_rates(device, QUICK_RATE_COPY_BYTES if args.quick else RATE_COPY_BYTES)
+    name = Path(args.model).stem if args.model else "quick"
+    settings = {key: vars(args)[key] for key in ("model", "dtype", "batch_sizes", "steps", "quick")}
+    results.save(device, asdict(rates), {"bench": {"suite": "fused"} | settings})
+    run_fused(model, name, args.batch_sizes, args.steps, rates, results.add)
+    return results.exit_code()
+
+
 def _gather(args: argparse.Namespace, argv: Sequence[str]) -> int:
     device = _device(args)
     results = _results(args, argv, "gather", device)
@@ -221,6 +274,38 @@ def _gather(args: argparse.Namespace, argv: Sequence[str]) -> int:
         device, asdict(rates), {"bench": {"suite": "gather", "quick": args.quick, "device": args.device}}
     )
     return results.exit_code()
+
+
+def _prefetch(args: argparse.Namespace, argv: Sequence[str]) -> int:
+    device = torch.device("cpu")
+    results = _results(args, argv, "prefetch", device)
+    settings = {key: getattr(args, key) for key in ("capacity", "policies", "skip")}
+    settings["recordings"] = [path.name for path in prefetch_suite.files_of(args.recordings)]
+    results.save(device, {}, {"bench": settings, "machine": asdict(Machine())})
+    prefetch_suite.run_prefetch(args, results.extend)
+    prefetch_plot.draw(results.folder)
+    return results.exit_code()
+
+
+def _kernels(args: argparse.Namespace, argv: Sequence[str]) -> int:
+    device = _device(args)
+    if args.quick:
+        args.batch_sizes, args.blocks = [1, 2], [12]
+    if args.tune:
+        path = args.out / TABLE.name if args.out else TABLE
+        path.parent.mkdir(parents=True, exist_ok=True)
+        tune(args.batch_sizes, args.blocks, args.quick, device, path)
+        return 0
+    results = _results(args, argv, "kernels", device)
+    rates = run_kernels(args.batch_sizes, args.blocks, args.quick, device, results.add)
+    settings = {key: vars(args)[key] for key in ("batch_sizes", "blocks", "quick", "device")}
+    results.save(device, asdict(rates), {"bench": {"suite": "kernels", **settings}})
+    return results.exit_code()
+
+
+def _targets(args: argparse.Namespace, argv: Sequence[str]) -> int:
+    device = _device(args)
+    return targets.run(args, device, QUICK_OVERRIDES, lambda: _results(args, argv, "targets", device))
 
 
 def _plot(args: argparse.Namespace, argv: Sequence[str]) -> int:

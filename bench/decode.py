@@ -6,8 +6,10 @@ from dataclasses import dataclass, replace
 import torch
 from transformers import PreTrainedModel
 
-from bench.baselines import HFOffloaded, NoAttention, Rheo
-from bench.gate import gate
+from bench.baselines import Rheo
+from bench.decoder import HFOffloaded
+from bench.gate import dense_gate, gate
+from bench.ours import OURS
 from bench.schema import Row
 from bench.sessions import Session, Task, measure
 from bench.shapes import model_bytes, step_cost
@@ -69,7 +71,9 @@ def run_decode(
                 )
             key = (min(batch, GATE_ROWS), config.to_yaml())
             if key not in gates:
-                gates[key] = gate(sweep.model.config, config, sweep.device, key[0])
+                shape = (sweep.model.config, config, sweep.device, key[0])
+                has_dense = any(name.startswith("dense-graph") for name in sweep.baselines)
+                gates[key] = gate(*shape) or (dense_gate(*shape) if has_dense else "")
             if gates[key]:
                 add(replace(_case_row(sweep, task, Rheo.name, 0.0), status="wrong", error=gates[key]))
                 continue
@@ -81,11 +85,11 @@ def run_decode(
 def _case_row(sweep: Sweep, task: Task, subject: str, miss_rate: float) -> Row:
     """The columns of a case, and the floor of its steps."""
     config = task.config
-    ours = subject == Rheo.name
+    ours, attends = subject in OURS, not subject.startswith("no-attention")
     cost = step_cost(
         task.model, config if ours else None, rows=task.batch, context_len_tokens=task.context_len_tokens
     )
-    floor_bytes = cost.weight_bytes if subject == NoAttention.name else cost.floor_bytes
+    floor_bytes = cost.floor_bytes if attends else cost.weight_bytes
     suffix = f"-miss{miss_rate:g}" if miss_rate else ""
     row = Row(
         suite="decode",
@@ -136,16 +140,17 @@ def _session_rows(sweep: Sweep, task: Task, session: Session) -> Iterator[Row]:
             noise_frac=(max(medians) - min(medians)) / times.p50,
             device_kv_bytes=session.device_kv_bytes,
             weight_bytes=model_bytes(task.model),
+            note=session.note,
             peak_device_bytes=session.peak_bytes,
         )
         yield replace(row, p20=times.p20, p50=times.p50, p80=times.p80)
-        if session.name != NoAttention.name:
+        if not session.name.startswith("no-attention"):
             speed = times.map(lambda ms: task.batch * 1e3 / ms)
             yield replace(row, metric="throughput", unit="tok/s", p20=speed.p20, p50=speed.p50, p80=speed.p80)
     for part, ms in session.split_ms.items():
         row = _case_row(sweep, task, session.name, 0.0)
         row = replace(row, bytes_moved=None, flops=None, floor_ms=None, link_floor_ms=None)
-        yield replace(row, metric=f"part.{part}", p50=ms, n=1)
+        yield replace(row, metric=f"part.{part}", unit="1" if part == "launches" else "ms", p50=ms, n=1)
 
 
 def _with_counters(row: Row, sweep: Sweep, session: Session, miss_rate: float, steps: int) -> Row:

@@ -1,23 +1,32 @@
 #!/usr/bin/env bash
-# The GPU evidence of one commit: bench/h100.sh OUT [tests] [gather] [decode16] [sweep] [long] [commit=SHA] [fill=prefill|random]
+# The GPU evidence of one commit: bench/h100.sh OUT [part ...] [commit=SHA] [fill=prefill|random] [key=value ...]
+#
+#   tests                              the test suite
+#   gather decode16 sweep long         single suites (`bench gather`, `bench decode`)
+#   steps                              `bench targets resident misses breakdown`
+#   systems                            `bench targets peers link memory`
+#   longrun                            `bench targets long-run`
 #
 # OUT is a folder such as bench/results/2026-11-22-h100; every part writes into a folder of its own below it. Without
-# a part all of them run, each well under 8 minutes. The exit code is 1 when any part failed.
+# a part all of them run, each under 8 minutes. key=value words change the configuration of the targets. The exit code
+# is 1 when any part failed.
 set -uo pipefail
 cd "$(dirname "$0")/.."
 
-out=${1:?usage: bench/h100.sh OUT [tests|gather|decode16|sweep|long ...] [commit=SHA] [fill=prefill|random]}
+all=(tests gather decode16 sweep long steps systems longrun)
+out=${1:?usage: bench/h100.sh OUT [part ...] [commit=SHA] [fill=prefill|random] [key=value ...]}
 shift
-parts=() commit=() fill=random
+parts=() commit=() fill=random overrides=()
 for word in "$@"; do
     case $word in
         commit=*) commit=(--commit "${word#commit=}") ;;
         fill=*) fill=${word#fill=} ;;
-        tests | gather | decode16 | sweep | long) parts+=("$word") ;;
+        *.*=*) overrides+=("$word") ;;
+        tests | gather | decode16 | sweep | long | steps | systems | longrun) parts+=("$word") ;;
         *) echo "unknown part: $word" >&2; exit 2 ;;
     esac
 done
-[[ ${#parts[@]} -gt 0 ]] || parts=(tests gather decode16 sweep long)
+[[ ${#parts[@]} -gt 0 ]] || parts=("${all[@]}")
 
 limit=470
 model=configs/models/llama-3.1-8b.json
@@ -38,24 +47,45 @@ run_gather() {
     bench gather --out "$out/gather"
 }
 
-# Ours against stock in turns on the same weights, then Hugging Face's offloading, whose steps take seconds.
+# Ours against stock and the captured dense peer in turns on the same weights, then Hugging Face's offloading, whose
+# steps take seconds.
 run_decode16() {
     bench decode --model "$model" --batch-sizes 16 --contexts 16384 --fill "$fill" --out "$out/decode16" \
-        --baselines stock,no-attention cache.device_memory=floor selection.token_budget=4096 || return 1
+        --baselines stock,dense-graph,no-attention-graph,rheo-eager \
+        cache.device_memory=floor selection.token_budget=4096 || return 1
     bench decode --model "$model" --batch-sizes 16 --contexts 16384 --fill "$fill" --out "$out/decode16-hf-offloaded" \
         --baselines hf-offloaded --steps 4 --warmup 1 cache.device_memory=floor selection.token_budget=4096
 }
 
 run_sweep() {
     bench decode --model "$model" --batch-sizes 1,4,8,16 --contexts 16384 --fill random --out "$out/sweep" \
-        --baselines stock,no-attention --forced-miss-rates 0,0.05,0.2 \
+        --baselines dense-graph,no-attention-graph --forced-miss-rates 0,0.05,0.2 \
         cache.device_memory=floor selection.token_budget=4096
 }
 
 # Peak memory counts here, so the prompt is really read and nothing but ours runs.
 run_long() {
     bench decode --model "$model" --batch-sizes 1 --contexts 16384,32768,131072 --fill prefill --out "$out/long" \
-        --baselines no-attention cache.device_memory=floor selection.token_budget=4096
+        --baselines no-attention-graph cache.device_memory=floor selection.token_budget=4096
+}
+
+targets() {
+    local name=$1
+    shift
+    bench targets "$@" ${overrides[@]+"${overrides[@]}"} --model "$model" --out "$out/$name"
+}
+
+run_steps() {
+    targets steps resident misses breakdown
+}
+
+# `memory` comes last: it fills all of the host store.
+run_systems() {
+    targets systems peers link memory
+}
+
+run_longrun() {
+    targets longrun long-run
 }
 
 failed=0

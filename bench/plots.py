@@ -11,8 +11,10 @@ from bench.schema import read_rows
 Record = dict[str, Any]
 
 THROUGHPUT, SPLIT = "throughput.png", "step_split.png"
-LABELS = {"no-attention": "model without attention"}
-PARTS = ("append", "score", "select", "resolve", "gather", "attend", "merge")
+LABELS = {
+    "no-attention": "model without attention",
+}
+PARTS = ("append", "score", "select", "resolve", "decide", "gather", "attend", "merge")
 
 
 class PlotError(Exception):
@@ -82,7 +84,7 @@ def _throughput(figure: Any, rows: list[Record]) -> bool:
 
 
 def _split(figure: Any, rows: list[Record]) -> bool:
-    """Stacked parts per case beside the whole step: the model without attention, then what was profiled."""
+    """Stacked parts per case beside the whole step: the model, then the parts of attention and cache."""
     cases: dict[tuple[float, float], dict[str, float]] = defaultdict(dict)
     for row in rows:
         case = cases[row["context_len_tokens"], row["batch"]]
@@ -96,7 +98,8 @@ def _split(figure: Any, rows: list[Record]) -> bool:
     axes, names = figure.subplots(), [f"{context:.0f} x {batch:.0f}" for context, batch in cases]
     bottom = [0.0] * len(cases)
     found = [p for p in PARTS if any(p in case for case in cases.values())]
-    for part in ("no-attention", *found):
+    base = "model" if any("model" in case for case in cases.values()) else "no-attention"
+    for part in (base, *found):
         heights = [case.get(part, 0.0) for case in cases.values()]
         if any(heights):
             axes.bar(

@@ -70,6 +70,12 @@ class Row:
     weight_bytes: int | None = None
     """All parameters and buffers of the model; part of `peak_device_bytes`."""
     peak_device_bytes: int | None = None
+    target: float | None = None
+    """What the metric should reach, in its unit."""
+    target_met: str = ""
+    """`true` or `false`; empty without a target."""
+    note: str = ""
+    """What the numbers do not say: which attention ran, what was shared, what capped the batch."""
     error: str = ""
 
 
@@ -97,15 +103,17 @@ def write_rows(path: Path, rows: Sequence[Row], environment: Environment) -> Non
 def read_rows(path: Path) -> list[dict[str, str | float | None]]:
     """Read a CSV of `write_rows`: text columns as text, numbers as floats, empty numbers as None.
 
+    Columns that an older file lacks are empty.
+
     Raises:
-        ValueError: the columns are not this schema's.
+        ValueError: a column is not this schema's.
     """
     with path.open(newline="", encoding="utf-8") as file:
         reader = csv.DictReader(file)
-        if reader.fieldnames != COLUMNS:
-            odd = sorted(set(reader.fieldnames or []) ^ set(COLUMNS))
-            raise ValueError(f"{path} is not of this schema: columns {odd or 'in another order'}")
-        return [
-            {name: text if name in TEXT else (float(text) if text else None) for name, text in row.items()}
-            for row in reader
-        ]
+        if odd := sorted(set(reader.fieldnames or []) - set(COLUMNS)):
+            raise ValueError(f"{path} is not of this schema: columns {odd}")
+        rows = [{name: row.get(name, "") for name in COLUMNS} for row in reader]
+    return [
+        {name: text if name in TEXT else (float(text) if text else None) for name, text in row.items()}
+        for row in rows
+    ]

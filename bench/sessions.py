@@ -7,10 +7,11 @@ from dataclasses import dataclass, field
 import torch
 from transformers import PreTrainedModel
 
-from bench.baselines import BASELINES, Decoder, Rheo, Unsupported
+from bench.baselines import Decoder, Rheo, Unsupported, make
+from bench.breakdown import step_parts
 from bench.schema import Status
 from bench.shapes import model_bytes
-from bench.timing import PeakMeter, RegionProfiler, time_calls
+from bench.timing import PeakMeter, time_calls
 from rheo_offload.config import RheoConfig
 from rheo_offload.errors import DeviceMemoryError, HostMemoryError
 
@@ -56,6 +57,7 @@ class Session:
     name: str
     status: Status = "ok"
     error: str = ""
+    note: str = ""
     rounds: dict[float, list[list[float]]] = field(default_factory=dict)
     """Forced miss rate -> the step times (ms) of every round."""
     totals: dict[float, dict[str, float]] = field(default_factory=dict)
@@ -124,9 +126,7 @@ class _Run:
     def start(self) -> None:
         """Make the subject and fill its context."""
         task = self.task
-        is_ours = self.session.name == Rheo.name
-        subject = Rheo(task.model, task.config) if is_ours else BASELINES[self.session.name](task.model)
-        self.subject = subject
+        self.subject = subject = make(self.session.name, task.model, task.config)
         tokens = task.context_len_tokens - task.session_steps
         generator = torch.Generator().manual_seed(0)
         vocabulary = task.model.get_input_embeddings().weight.shape[0]
@@ -154,20 +154,12 @@ class _Run:
     def finish(self) -> None:
         """Record memory and captured mass, then profile the parts of a step."""
         subject, session = self._subject, self.session
-        session.device_kv_bytes = subject.device_kv_bytes()
+        session.device_kv_bytes, session.note = subject.device_kv_bytes(), subject.note
+        if why := subject.why_eager():
+            session.note = f"{subject.note} runs eagerly: {why}".strip()
         if isinstance(subject, Rheo):
             session.captured_mass = subject.stats().get("captured_mass_mean")
-            session.split_ms = self._split(subject)
-
-    def _split(self, subject: Rheo) -> dict[str, float]:
-        profiler = RegionProfiler(self.device)
-        subject.attach(profiler)
-        subject.step()
-        profiler.totals_ms()
-        for _ in range(SPLIT_STEPS - 1):
-            subject.step()
-        subject.attach(None)
-        return {name: ms / (SPLIT_STEPS - 1) for name, ms in profiler.totals_ms().items()}
+            session.split_ms = step_parts(subject, SPLIT_STEPS - 1)
 
     @property
     def _subject(self) -> Decoder:

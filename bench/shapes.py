@@ -9,6 +9,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, PreTrainedConfig, PreTrainedModel
 
 from rheo_offload.config import RheoConfig
+from rheo_offload.model.fused import fuse_as_configured
 from rheo_offload.model.specs import layer_specs, text_config
 from rheo_offload.selection.policy import METHODS
 from rheo_offload.types import LayerSpec
@@ -74,6 +75,11 @@ def view(model: PreTrainedModel, attn_implementation: str | None = None) -> PreT
     if attn_implementation is not None:
         other.set_attn_implementation(attn_implementation)
     return other
+
+
+def merge_weights(model: PreTrainedModel) -> None:
+    """Let the weights take the addresses that fused subjects give them, on a GPU: before anything is captured."""
+    fuse_as_configured(view(model), "auto")
 
 
 def tiny_config(config: PreTrainedConfig) -> PreTrainedConfig:

@@ -1,0 +1,46 @@
+"""Where a step's time goes, by kernel records of replayed graphs: everything resident, with misses, as recorded."""
+
+from bench.breakdown import step_parts
+from bench.lab import Lab
+from bench.ours import Rheo
+from bench.selectors import Frozen
+
+STEPS = 8
+MISS_RATE = 0.05
+
+
+def run(lab: Lab) -> None:
+    """Emit `part.*` rows at every batch size of the misses suite."""
+    context = lab.scale.short
+    for batch in lab.scale.miss_batches:
+        selection = Frozen(forced_misses=True)
+        with lab.ours(Rheo.name, batch, context, selection, warm=False) as subject:
+            lab.settle(subject)
+            _parts(lab, subject, batch, "frozen")
+            selection.set_miss_rate(MISS_RATE)
+            lab.settle(subject)
+            _parts(lab, subject, batch, f"frozen-miss{MISS_RATE:g}")
+        try:
+            recorded = lab.recorded("s64-heat")
+            with lab.ours(Rheo.name, batch, context, recorded) as subject:
+                lab.settle(subject)
+                _parts(lab, subject, batch, "recorded")
+        except (FileNotFoundError, ValueError) as error:
+            lab.failed("recorded", batch, context, error)
+
+
+def _parts(lab: Lab, subject: Rheo, batch: int, name: str) -> None:
+    for part, value in step_parts(subject, STEPS).items():
+        unit = "1" if part == "launches" else "ms"
+        lab.emit(
+            lab.row(
+                subject,
+                batch,
+                lab.scale.short,
+                name=name,
+                metric=f"part.{part}",
+                unit=unit,
+                p50=value,
+                n=STEPS,
+            )
+        )

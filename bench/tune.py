@@ -1,0 +1,118 @@
+"""The launch table: every candidate timed in a captured graph of 32 layers, the best written down."""
+
+import itertools
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import torch
+
+from bench.kernels import REPLAYS, Layer, Shape, Step, shape_of
+from bench.timing import Quantiles
+from csrc_free_kernels import launch
+
+# What the tuner tries: warps, stages and tokens a tile of attention, and its splits; warps and programs of scoring.
+ATTEND = ((4, 3, 64), (4, 4, 64), (2, 3, 64), (2, 4, 32), (4, 4, 32), (1, 4, 32))
+SPLITS = (1, 2, 4, 8, 16, 32)
+WARPS, PROGRAMS = (1, 2, 4, 8, 16), (264, 528, 1056)
+
+
+def tune(batches: list[int], blocks: list[int], quick: bool, device: torch.device, path: Path) -> None:
+    """Time every candidate and write a table with the best in place of what it said of these shapes."""
+    before = list(launch.entries())
+    try:
+        for rows in batches:
+            _tune_attend(shape_of(rows, min(blocks), quick), device, 2 if quick else 5)
+            for num_blocks in blocks:
+                _tune_decide(shape_of(rows, num_blocks, quick), device, 2 if quick else 5)
+        _tune_overlap(shape_of(batches[0], blocks[0], quick), device, 2 if quick else REPLAYS)
+        table = sorted(
+            launch.entries(), key=lambda e: (e["op"], e["arch"], sorted(e["features"].items()), e["heads"])
+        )
+        path.write_text("[" + ",\n ".join(json.dumps(e) for e in table) + "]\n", encoding="utf-8")
+    finally:
+        launch.replace(before)
+
+
+def attend_candidates(s: Shape) -> Iterator[tuple[int, dict[str, int]]]:
+    """Splits, about those that fill the device, and what else an entry of `attend` may say."""
+    fair = min(max(1.0, launch.PROGRAMS / (s.rows * s.heads)), launch.MAX_SPLITS)
+    for splits in sorted({min(n, s.budget) for n in SPLITS if fair / 2.1 <= n <= fair * 2.1}):
+        for warps, stages, tokens in ATTEND:
+            yield splits, {"num_warps": warps, "num_stages": stages, "tokens": tokens}
+
+
+def decide_candidates(s: Shape) -> Iterator[dict[str, int]]:
+    """What an entry of `decide` may say: warps that hold 2 to 32 blocks a thread."""
+    for warps, programs in itertools.product(WARPS, PROGRAMS):
+        if 2 <= s.blocks / (32 * warps) <= 32 or warps == 1 > s.blocks / 64:
+            yield {"num_warps": warps, "programs": programs}
+
+
+def _tune_attend(s: Shape, device: torch.device, samples: int) -> None:
+    """Attention and its splits together, as they trade against each other and against the merge."""
+    pairs, features = s.rows * s.heads, attend_features(s)
+    step = Step(s, device)
+
+    def both(x: Layer) -> None:
+        step.attend(x)
+        step.attend_merge(x)
+
+    results = []
+    for splits, use in attend_candidates(s):
+        with (
+            launch.candidate("attend", device, pairs, features, use),
+            launch.candidate("attend_splits", device, pairs, {}, {"splits": splits}),
+        ):
+            step.split()
+            results.append((_median_us(step, both, samples), splits, use))
+    _report(f"attend+merge b{s.rows}", results)
+    _, splits, use = min(results, key=lambda r: r[0])
+    launch.put("attend", device, pairs, features, use)
+    launch.put("attend_splits", device, pairs, {}, {"splits": splits})
+
+
+def _tune_overlap(s: Shape, device: torch.device, samples: int) -> None:
+    """Whether a kernel may start while the one before it drains; the results must be the same."""
+    if launch.arch_of(device) < 90:
+        return
+    step = Step(s, device)
+    results, outs = [], []
+    for on in (0, 1):
+        with launch.candidate("overlap", device, 0, {}, {"on": on}):
+            results.append((_median_us(step, step.layer, samples), {"on": on}))
+            outs.append(step.out.clone())
+    _report(f"layer b{s.rows} n{s.blocks}", results)
+    if torch.equal(*outs):
+        launch.put("overlap", device, 0, {}, min(results, key=lambda r: r[0])[1])
+    else:
+        print("overlap gives other results: left off")
+
+
+def attend_features(s: Shape) -> dict[str, int]:
+    """What an entry of `attend` must match."""
+    return {"dim": s.dim, "block_size": s.block_size, "itemsize": s.dtype.itemsize}
+
+
+def _tune_decide(s: Shape, device: torch.device, samples: int) -> None:
+    pairs, features = s.rows * s.heads, {"blocks": 1 << (s.blocks - 1).bit_length()}
+    step = Step(s, device)
+    results = []
+    for use in decide_candidates(s):
+        with launch.candidate("decide", device, pairs, features, use):
+            results.append((_median_us(step, step.decide, samples), use))
+    _report(f"decide b{s.rows} n{s.blocks}", results)
+    launch.put("decide", device, pairs, features, min(results, key=lambda r: r[0])[1])
+
+
+def _median_us(step: Step, fn: Callable[[Layer], None], samples: int) -> float:
+    try:
+        return 1e3 * Quantiles.of(step.time_ms(fn, samples)).p50
+    except Exception as error:  # a candidate that does not fit this device is no candidate
+        print(f"skipped: {type(error).__name__}: {error}")
+        return float("inf")
+
+
+def _report(name: str, results: list[tuple]) -> None:
+    for result in sorted(results, key=lambda r: r[0])[:5]:
+        print(f"{name}: {result[0]:.2f} us {result[1:]}", flush=True)
