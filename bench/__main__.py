@@ -17,15 +17,16 @@ from bench import plots, prefetch_plot, prefetch_suite, record_suite, targets
 from bench.baselines import BASELINES, DEFAULT_BASELINES
 from bench.decode import Sweep, run_decode
 from bench.env import environment, machine
+from bench.few_rows import table_after
 from bench.fused import run_fused
 from bench.gather import run_gather
-from bench.kernels import run_kernels
+from bench.kernels import run_kernels, shape_of
 from bench.prefetch_time import Machine
 from bench.schema import Environment, Row, write_rows
 from bench.sessions import ROUNDS
 from bench.shapes import load_model
 from bench.timing import Rates, measure_rates
-from bench.tune import tune
+from bench.tune import compile_ahead, tune, write_table
 from csrc_free_kernels.launch import TABLE
 from rheo_offload.config import RheoConfig
 from rheo_offload.errors import RheoError
@@ -118,6 +119,11 @@ def _parser() -> argparse.ArgumentParser:
     fused.add_argument("--model", default="configs/models/llama-3.1-8b.json", help="as in decode")
     fused.add_argument("--dtype", choices=("bfloat16", "float16", "float32"), default="bfloat16")
     fused.add_argument("--steps", type=int, default=50, help="timed steps per case")
+    fused.add_argument(
+        "--tune",
+        action="store_true",
+        help="also write where linear_few won into the launch table (beside --out's rows, else the package's)",
+    )
     fused.set_defaults(run=_fused)
 
     gather = suites.add_parser(
@@ -137,6 +143,7 @@ def _parser() -> argparse.ArgumentParser:
         action="store_true",
         help="write this device's launch table instead (to --out, else the package)",
     )
+    kernels.add_argument("--jobs", type=int, default=0, help="processes that compile ahead; 0: none")
     kernels.set_defaults(run=_kernels)
 
     plot = suites.add_parser("plot", help="draw the figures of a results folder again")
@@ -262,7 +269,11 @@ def _fused(args: argparse.Namespace, argv: Sequence[str]) -> int:
     name = Path(args.model).stem if args.model else "quick"
     settings = {key: vars(args)[key] for key in ("model", "dtype", "batch_sizes", "steps", "quick")}
     results.save(device, asdict(rates), {"bench": {"suite": "fused"} | settings})
-    run_fused(model, name, args.batch_sizes, args.steps, rates, results.add)
+    products = run_fused(model, name, args.batch_sizes, args.steps, rates, results.add)
+    if args.tune:
+        path = args.out / TABLE.name if args.out else TABLE
+        write_table(table_after(products, device), path)
+        print(f"launch table written to {path}")
     return results.exit_code()
 
 
@@ -294,8 +305,10 @@ def _kernels(args: argparse.Namespace, argv: Sequence[str]) -> int:
     if args.tune:
         path = args.out / TABLE.name if args.out else TABLE
         path.parent.mkdir(parents=True, exist_ok=True)
-        tune(args.batch_sizes, args.blocks, args.quick, device, path)
+        tune(args.batch_sizes, args.blocks, args.quick, device, path, args.jobs)
         return 0
+    shapes = [shape_of(rows, blocks, args.quick) for rows in args.batch_sizes for blocks in args.blocks]
+    compile_ahead([(shape, 1, "all", {}, device) for shape in shapes], args.jobs)
     results = _results(args, argv, "kernels", device)
     rates = run_kernels(args.batch_sizes, args.blocks, args.quick, device, results.add)
     settings = {key: vars(args)[key] for key in ("batch_sizes", "blocks", "quick", "device")}

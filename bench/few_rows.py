@@ -1,21 +1,17 @@
-"""A candidate for the products of a decode step with at most 16 rows: a Triton kernel that streams the weight once.
+"""Where `linear_few` beats torch: its candidates, and the entries of the launch table that follow from their times."""
 
-Not part of the runtime: it ships only where it clearly beats torch (`python -m bench fused` times both).
-"""
-
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from statistics import geometric_mean
 from typing import Any
 
 import torch
-import triton
-import triton.language as tl
-from torch.nn import functional as F
-from torch.overrides import TorchFunctionMode
 
-MAX_ROWS = 16
-Config = tuple[int, int, int, int]
-# Output channels per program, input channels per step, warps, steps in flight.
-CONFIGS: tuple[Config, ...] = (
+from bench.schema import Row
+from csrc_free_kernels import launch
+
+# Output channels a program, input channels a step, warps, steps in flight.
+CONFIGS = (
     (16, 256, 4, 4),
     (16, 512, 4, 4),
     (32, 128, 4, 6),
@@ -23,82 +19,82 @@ CONFIGS: tuple[Config, ...] = (
     (64, 128, 4, 5),
     (64, 256, 8, 4),
 )
+NAMES = ("block_n", "block_k", "num_warps", "num_stages")
+MARGIN = 0.995  # of torch's time: what counts as faster
 
 
-@triton.jit(do_not_specialize=["num_rows"])
-def few_rows_kernel(
-    p_x, p_w, p_out, num_rows, N, stride_x, stride_w, stride_out,
-    K: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, STAGES: tl.constexpr,
-    ADD: tl.constexpr, UPCAST_DOT: tl.constexpr,
-):  # fmt: skip
-    # Grid (ceil(N / BLOCK_N),). One program: BLOCK_N channels of every row. p_x [M, K]; p_w [N, K]; p_out [M, N].
-    o_n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
-    o_m = tl.arange(0, BLOCK_M)
-    o_k = tl.arange(0, BLOCK_K)
-    p_w += (o_n.to(tl.int64) * stride_w)[:, None] + o_k[None, :]
-    p_x += (o_m * stride_x)[:, None] + o_k[None, :]
-    acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
-    for i_k in tl.range(0, K, BLOCK_K, num_stages=STAGES):
-        m_k = i_k + o_k < K
-        b_w = tl.load(p_w + i_k, mask=(o_n < N)[:, None] & m_k[None, :], other=0.0)
-        b_x = tl.load(p_x + i_k, mask=(o_m < num_rows)[:, None] & m_k[None, :], other=0.0)
-        if UPCAST_DOT:
-            b_w, b_x = b_w.to(tl.float32), b_x.to(tl.float32)
-        acc = tl.dot(b_x, tl.trans(b_w), acc)
-    p_out += (o_m * stride_out)[:, None] + o_n[None, :]
-    m_out = (o_m < num_rows)[:, None] & (o_n < N)[None, :]
-    if ADD:
-        acc += tl.load(p_out, mask=m_out, other=0.0).to(tl.float32)
-    tl.store(p_out, acc.to(p_out.dtype.element_ty), mask=m_out)
+def entry(
+    shape: tuple[int, ...], config: tuple[int, ...], max_rows: int, arch: int, itemsize: int
+) -> dict[str, Any]:
+    """Return the table's entry for a weight [N, K], won up to `max_rows` rows."""
+    return {
+        "op": "linear_few",
+        "arch": arch,
+        "heads": 0,
+        "features": {"n": shape[0], "k": shape[1], "itemsize": itemsize},
+        "use": dict(zip(NAMES, config, strict=True)) | {"max_rows": max_rows},
+    }
 
 
-def few_rows_linear(
-    x: torch.Tensor, weight: torch.Tensor, out: torch.Tensor, config: Config, *, add: bool = False
-) -> None:
-    """Write x [M, K] times weight [N, K] transposed into out [M, N], or add it; M at most `MAX_ROWS`.
+@contextmanager
+def only(entries: Sequence[dict[str, Any]]) -> Iterator[None]:
+    """Let these be all that the table says of `linear_few`, while inside."""
+    before = list(launch.entries())
+    launch.replace([e for e in before if e["op"] != "linear_few"] + list(entries))
+    try:
+        yield
+    finally:
+        launch.replace(before)
 
-    Launched on the current stream; does not block.
 
-    Raises:
-        ValueError: more rows.
+def table_after(rows: Sequence[Row], device: torch.device) -> list[dict[str, Any]]:
+    """Return the launch table with what these rows say in place of what it said of their weights."""
+    itemsize, arch = getattr(torch, rows[0].dtype).itemsize if rows else 0, launch.arch_of(device)
+    timed = [entry(shape, CONFIGS[0], 0, arch, itemsize) for shape in _times(rows)]
+    told = [(e["op"], e["arch"], e["features"]) for e in timed]
+    kept = [e for e in launch.entries() if (e["op"], e["arch"], e["features"]) not in told]
+    return kept + best_entries(rows, device)
+
+
+def best_entries(rows: Sequence[Row], device: torch.device) -> list[dict[str, Any]]:
+    """Return an entry for every weight of which some candidate beats torch at the fewest rows that were timed.
+
+    It is the candidate that does so up to the most rows, and then the fastest; a candidate that was wrong once or lost
+    at fewer rows counts no further.
+
+    Args:
+        rows: of the products of one dtype, for any numbers of rows.
+        device: they were timed on.
     """
-    rows, width = x.shape
-    if rows > MAX_ROWS:
-        raise ValueError(f"{rows} rows; at most {MAX_ROWS}")
-    block_n, block_k, warps, stages = config
-    few_rows_kernel[(triton.cdiv(weight.shape[0], block_n),)](
-        x, weight, out, rows, weight.shape[0], x.stride(0), weight.stride(0), out.stride(0),
-        K=width, BLOCK_M=MAX_ROWS, BLOCK_N=block_n, BLOCK_K=block_k, STAGES=stages, ADD=add,
-        UPCAST_DOT=not x.is_cuda, num_warps=warps, num_stages=stages,
-    )  # fmt: skip
+    found = []
+    for shape, subjects in _times(rows).items():
+        torchs = [times for name, times in subjects.items() if not name.startswith("few-")]
+        ratios = {name: _ratios(times, torchs) for name, times in subjects.items() if name.startswith("few-")}
+        won = [(-max(r), geometric_mean(r.values()), name) for name, r in ratios.items() if r]
+        if won:
+            most, _, name = min(won)
+            config = tuple(int(n) for n in name.removeprefix("few-").split("x"))
+            itemsize = getattr(torch, rows[0].dtype).itemsize
+            found.append(entry(shape, config, -most, launch.arch_of(device), itemsize))
+    return found
 
 
-class FewRows(TorchFunctionMode):
-    """While active, the candidate does the products of few rows without a bias, where it has a configuration.
+def _times(rows: Sequence[Row]) -> dict[tuple[int, ...], dict[str, dict[int, float]]]:
+    """Weight [N, K] -> subject -> rows -> ms, of the products that were right."""
+    times: dict[tuple[int, ...], dict[str, dict[int, float]]] = {}
+    for row in rows:
+        if row.p50 is not None:
+            shape = tuple(int(n) for n in row.case_id.split("-")[-1].split("x"))
+            times.setdefault(shape, {}).setdefault(row.baseline, {})[row.batch or 1] = row.p50
+    return times
 
-    Works on what the fused forwards call: `F.linear`, and `addmm_` of a transposed weight.
-    """
 
-    def __init__(self, configs: Mapping[tuple[int, int], Config]) -> None:
-        """Take the configuration of each weight shape (out, in) that the candidate shall do."""
-        super().__init__()
-        self.configs = configs
-
-    def __torch_function__(
-        self, func: Callable[..., Any], types: Any, args: Sequence[Any] = (), kwargs: Any = None
-    ) -> Any:
-        kwargs = kwargs or {}
-        if func is F.linear and (len(args) < 3 or args[2] is None) and not kwargs:
-            x, weight = args[0].reshape(-1, args[0].shape[-1]), args[1]
-            config = self.configs.get(tuple(weight.shape)) if x.shape[0] <= MAX_ROWS else None
-            if config is not None:
-                out = x.new_empty(x.shape[0], weight.shape[0])
-                few_rows_linear(x, weight, out, config)
-                return out.view(*args[0].shape[:-1], -1)
-        if func is torch.Tensor.addmm_ and kwargs.get("alpha", 1.0) == 1.0 and args[0].shape[0] <= MAX_ROWS:
-            out, x, weight = args[0], args[1], args[2].t()
-            config = self.configs.get(tuple(weight.shape))
-            if config is not None:
-                few_rows_linear(x, weight, out, config, add=True)
-                return out
-        return func(*args, **kwargs)
+def _ratios(ours: dict[int, float], torchs: Sequence[dict[int, float]]) -> dict[int, float]:
+    """Rows -> our time over torch's best, up to the most rows before we lose."""
+    won = {}
+    for rows in sorted(set().union(*torchs)):
+        ratio = ours.get(rows, float("inf")) / min(t[rows] for t in torchs if rows in t)
+        if ratio > MARGIN:
+            break
+        won[rows] = ratio
+    return won

@@ -1,11 +1,11 @@
 """The fused suite: the attention-free decode step in one CUDA graph, with the model's own modules and with fused ones.
 
-Ahead of each step its matrix products are timed, torch's against a Triton candidate for few rows, over the weights of
-all layers in turn (so that none is left in the L2 cache); the candidate's best then run in a step of their own, to tell
-whether it should ship. On the CPU steps run eagerly and there are no products.
+Ahead of each step its matrix products are timed, torch's against every candidate of `linear_few`, over the weights of
+all layers in turn (so that none is left in the L2 cache); the candidates that won then run in a step of their own. What
+the launch table says of `linear_few` does not matter here. On the CPU steps run eagerly and there are no products.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -14,11 +14,13 @@ from torch.nn import functional as F
 from transformers import PreTrainedModel
 
 from bench.baselines import NoAttention
-from bench.few_rows import CONFIGS, MAX_ROWS, Config, FewRows, few_rows_linear
+from bench.few_rows import CONFIGS, best_entries, entry, only
 from bench.schema import Row
 from bench.shapes import model_bytes, weight_bytes
 from bench.timing import Quantiles, Rates, flusher, time_calls
+from csrc_free_kernels import launch
 from rheo_offload.model.fused import STATE, fuse
+from rheo_offload.ops import kernels_for
 
 ROUNDS = 5
 WARMUP = 3
@@ -28,9 +30,10 @@ LIMIT = {torch.float32: 1e-4, torch.bfloat16: 0.1, torch.float16: 0.02}
 
 
 class Fused(NoAttention):
-    """The attention-free forward with fused modules."""
+    """The attention-free forward with fused modules and torch's products."""
 
     name = "no-attention-fused"
+    entries: Sequence[dict[str, Any]] = ()
 
     def __init__(self, model: PreTrainedModel) -> None:
         super().__init__(model)
@@ -38,19 +41,19 @@ class Fused(NoAttention):
         if not report.is_complete:
             raise ValueError(str(report))
 
+    def forward(self, input_ids: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+        with only(self.entries):
+            return super().forward(input_ids, positions)
+
 
 class FusedFew(Fused):
-    """The same, with the candidate's products where it has a configuration."""
+    """The same, with the products of `linear_few` where the table's `entries` say so."""
 
     name = "no-attention-fused-few"
 
-    def __init__(self, model: PreTrainedModel, configs: Mapping[tuple[int, int], Config]) -> None:
+    def __init__(self, model: PreTrainedModel, entries: Sequence[dict[str, Any]]) -> None:
         super().__init__(model)
-        self.configs = configs
-
-    def forward(self, input_ids: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
-        with FewRows(self.configs):
-            return super().forward(input_ids, positions)
+        self.entries = entries
 
 
 def run_fused(
@@ -60,8 +63,10 @@ def run_fused(
     steps: int,
     rates: Rates,
     add: Callable[[Row], None],
-) -> None:
+) -> list[Row]:
     """Time the products and then the steps, in turns, for every batch size; hands every row to `add`.
+
+    Returns the rows of the products.
 
     Args:
         model: on its device; its parameters become views of merged buffers.
@@ -83,34 +88,21 @@ def run_fused(
         weight_bytes=model_bytes(model),
     )
     fused = Fused(model)  # ahead of every graph: it moves the weights, whose addresses a graph keeps
+    products: list[Row] = []
     with torch.inference_mode():
         for batch in batch_sizes:
             at = replace(base, batch=batch)
             subjects = [NoAttention(model), fused]
             if model.device.type == "cuda":
                 rows = list(_products(fused.model, at, rates))
-                if batch <= MAX_ROWS:
-                    subjects.append(FusedFew(model, _best(rows)))
+                if batch <= launch.FEW_ROWS:
+                    subjects.append(FusedFew(model, best_entries(rows, model.device)))
                 for row in rows:
                     add(row)
+                products += rows
             for row in _steps(subjects, at, steps):
                 add(row)
-
-
-def _best(rows: Sequence[Row]) -> dict[tuple[int, int], Config]:
-    """Return the candidate's fastest configuration for every shape at which it beats torch."""
-    best: dict[tuple[int, int], tuple[float, Config | None]] = {}
-    for row in rows:
-        if row.status != "ok" or row.p50 is None:
-            continue
-        out_features, in_features = (int(n) for n in row.case_id.split("-")[-1].split("x"))
-        shape, config = (out_features, in_features), None
-        if row.baseline.startswith("few-"):
-            block_n, block_k, warps, stages = (int(n) for n in row.baseline.removeprefix("few-").split("x"))
-            config = (block_n, block_k, warps, stages)
-        if shape not in best or row.p50 < best[shape][0]:
-            best[shape] = (row.p50, config)
-    return {shape: config for shape, (_, config) in best.items() if config is not None}
+    return products
 
 
 def _steps(subjects: Sequence[NoAttention], base: Row, steps: int) -> Iterator[Row]:
@@ -168,8 +160,9 @@ def _copy(result: Any) -> Any:
 
 
 def _products(model: PreTrainedModel, base: Row, rates: Rates) -> Iterator[Row]:
-    """Time every kind of product of a step as torch does it and with every configuration of the candidate."""
+    """Time every kind of product of a step as torch does it and with every candidate of `linear_few`."""
     device, rows = model.device, base.batch or 1
+    few = kernels_for(device).linear_few
     for name, weights in _weights(model).items():
         out_features, in_features = weights[0].shape
         x = torch.randn(rows, in_features, dtype=model.dtype, device=device)
@@ -193,12 +186,16 @@ def _products(model: PreTrainedModel, base: Row, rates: Rates) -> Iterator[Row]:
             return _timed(row, product, w, device)
 
         yield timed("torch", lambda w, x=x: F.linear(x, w))
-        if name == "down":  # as the fused layers do it: added to the residual stream
+        added = name == "down"  # as the fused layers do it: to the residual stream
+        if added:
             yield timed("torch-add", lambda w, x=x, out=out: out.addmm_(x, w.t()))
-        for config in CONFIGS if rows <= MAX_ROWS else ():
-            label = "few-" + "x".join(str(n) for n in config)
-            row = timed(label, lambda w, x=x, out=out, c=config: few_rows_linear(x, w, out, c))
-            truth = F.linear(x.float(), weights[-1].float())  # the last one timed
+        for config in CONFIGS if rows <= launch.FEW_ROWS else ():
+            shape = tuple(weights[0].shape)
+            with only([entry(shape, config, rows, launch.arch_of(device), x.itemsize)]):
+                label = "few-" + "x".join(str(n) for n in config)
+                row = timed(label, lambda w, x=x, out=out, add=added: few(x, w, out, add=add))
+                few(x, weights[-1], out.zero_(), add=added)
+            truth = F.linear(x.float(), weights[-1].float())
             error = float((out.float() - truth).norm() / truth.norm())
             if not error <= LIMIT[x.dtype]:
                 none = dict.fromkeys(("p20", "p50", "p80", "frac_of_floor"))

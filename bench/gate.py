@@ -94,7 +94,7 @@ def _tokens(
     subject: Decoder, ids: torch.Tensor, before: Callable[[Decoder], None] | None = None
 ) -> torch.Tensor:
     """Greedy tokens [B, NEW_TOKENS] after `ids`, with `before` run ahead of every step."""
-    with torch.inference_mode():
+    with torch.no_grad():
         subject.start(ids, fill="prefill", max_length=ids.shape[1] + NEW_TOKENS)
         tokens = []
         for _ in range(NEW_TOKENS):

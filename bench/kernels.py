@@ -88,14 +88,16 @@ class Layer:
 class Step:
     """The ops of one layer's decode step over layers in turn, and their scratch."""
 
-    def __init__(self, s: Shape, device: torch.device) -> None:
+    def __init__(self, s: Shape, device: torch.device, count: int | None = None) -> None:
+        """Args: count: layers that take turns; by default enough to keep the L2 cache out of it."""
         self.shape, self.device, self.ops = s, device, kernels_for(device)
         pairs, q_heads = s.rows * s.heads, s.heads * s.group
         page_table = 1 + torch.randperm(s.rows * s.blocks, device=device).to(torch.int32).view(
             s.rows, s.blocks
         )
         visited = max(s.attended_bytes + s.scored_bytes, 1)
-        count = max(2, min(LAYERS, -(-STATE_BYTES // visited))) if device.type == "cuda" else 1
+        if count is None:
+            count = max(2, min(LAYERS, -(-STATE_BYTES // visited))) if device.type == "cuda" else 1
         self.layers = [Layer(s, device, page_table) for _ in range(count)]
         self.page_table = page_table
         pinned = device.type == "cuda"

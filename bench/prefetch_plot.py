@@ -29,12 +29,12 @@ def draw(folder: Path) -> Path | None:
         The file, or None without matplotlib.
     """
     try:
-        figure = importlib.import_module("matplotlib.figure").Figure(figsize=(11, 8), layout="constrained")
+        figure = importlib.import_module("matplotlib.figure").Figure(figsize=(11, 5), layout="constrained")
     except ImportError:
         return None
     panels = sorted(_points(folder).items())
-    grid = figure.subplots(-(-len(panels) // 2), min(2, len(panels)), squeeze=False).ravel()
-    for axes, (name, policies) in zip(grid, panels, strict=False):
+    grid = figure.subplots(1, len(panels), squeeze=False)[0]
+    for axes, (name, policies) in zip(grid, panels, strict=True):
         for policy, style in SHOWN.items():
             cases = list(policies.get(policy, {}).values())
             axes.plot(
@@ -52,8 +52,8 @@ def _points(folder: Path) -> dict[str, dict[str, dict[str, dict[str, Any]]]]:
     found: dict[str, dict[str, dict[str, dict[str, Any]]]] = {}
     for row in read_rows(folder / "rows.csv"):
         if row["metric"] in AXES:
-            name, _, rest = str(row["case_id"]).rpartition("-c")
             policy = str(row["baseline"])
+            name, _, ratio = str(row["case_id"]).removesuffix(f"-{policy}").rpartition("-c")
             sizes = found.setdefault(name, {}).setdefault(policy, {})
-            sizes.setdefault(rest.removesuffix(f"-{policy}"), {})[str(row["metric"])] = row["p50"]
+            sizes.setdefault(ratio, {})[str(row["metric"])] = row["p50"]
     return found

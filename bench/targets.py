@@ -82,7 +82,7 @@ def run(
     resolved = {scale.short: lab.resolved(scale.short).to_dict()}
     results.save(device, asdict(rates), {"bench": settings, "rheo": config.to_dict(), "resolved": resolved})
     try:
-        with torch.inference_mode():
+        with torch.no_grad():
             _run_suites(lab, words or list(SUITES))
     finally:
         lab.close()

@@ -3,35 +3,88 @@
 import itertools
 import json
 from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
 from pathlib import Path
+from typing import Any
 
 import torch
 
-from bench.kernels import REPLAYS, Layer, Shape, Step, shape_of
+from bench.kernels import REPLAYS, TIMED, Layer, Shape, Step, shape_of
 from bench.timing import Quantiles
 from csrc_free_kernels import launch
 
+Job = tuple[Shape, int, str, dict[str, int], torch.device]  # splits, op and what its entry says
+
 # What the tuner tries: warps, stages and tokens a tile of attention, and its splits; warps and programs of scoring.
 ATTEND = ((4, 3, 64), (4, 4, 64), (2, 3, 64), (2, 4, 32), (4, 4, 32), (1, 4, 32))
-SPLITS = (1, 2, 4, 8, 16, 32)
+SPLITS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32)
 WARPS, PROGRAMS = (1, 2, 4, 8, 16), (264, 528, 1056)
 
 
-def tune(batches: list[int], blocks: list[int], quick: bool, device: torch.device, path: Path) -> None:
-    """Time every candidate and write a table with the best in place of what it said of these shapes."""
+def tune(
+    batches: list[int], blocks: list[int], quick: bool, device: torch.device, path: Path, processes: int
+) -> None:
+    """Time every candidate and write a table with the best in place of what it said of these shapes.
+
+    Args:
+        processes: that compile the candidates ahead, into Triton's cache on disk; 0: compile as they come.
+    """
     before = list(launch.entries())
+    shapes = [shape_of(rows, num_blocks, quick) for rows in batches for num_blocks in blocks]
+    jobs = [
+        (s, splits, "attend", use)
+        for s in shapes
+        if s.blocks == min(blocks)
+        for splits, use in attend_candidates(s)
+    ]
+    jobs += [(s, 1, "decide", use) for s in shapes for use in decide_candidates(s)]
+    compile_ahead([(*job, device) for job in jobs], processes)
     try:
         for rows in batches:
             _tune_attend(shape_of(rows, min(blocks), quick), device, 2 if quick else 5)
             for num_blocks in blocks:
                 _tune_decide(shape_of(rows, num_blocks, quick), device, 2 if quick else 5)
         _tune_overlap(shape_of(batches[0], blocks[0], quick), device, 2 if quick else REPLAYS)
-        table = sorted(
-            launch.entries(), key=lambda e: (e["op"], e["arch"], sorted(e["features"].items()), e["heads"])
-        )
-        path.write_text("[" + ",\n ".join(json.dumps(e) for e in table) + "]\n", encoding="utf-8")
+        write_table(launch.entries(), path)
     finally:
         launch.replace(before)
+
+
+def write_table(table: list[dict[str, Any]], path: Path) -> None:
+    """Write a launch table, an entry a line."""
+    table = sorted(table, key=lambda e: (e["op"], e["arch"], sorted(e["features"].items()), e["heads"]))
+    path.write_text("[" + ",\n ".join(json.dumps(e) for e in table) + "]\n", encoding="utf-8")
+
+
+def compile_ahead(jobs: list[Job], processes: int) -> None:
+    """Compile what the jobs launch, in several processes; with an empty `use`, every op as the table has it."""
+    if processes > 0:
+        with ProcessPoolExecutor(processes, mp_context=get_context("spawn")) as pool:
+            list(pool.map(_compile, jobs))
+
+
+def _compile(job: Job) -> None:
+    s, splits, op, use, device = job
+    step, pairs = Step(s, device, count=1), s.rows * s.heads
+    x = step.layers[0]
+    try:
+        if op == "attend":
+            with (
+                launch.candidate("attend", device, pairs, attend_features(s), use),
+                launch.candidate("attend_splits", device, pairs, {}, {"programs": splits * pairs}),
+            ):
+                step.split()
+                step.attend(x)
+                step.attend_merge(x)
+        elif op == "decide":
+            with launch.candidate("decide", device, pairs, decide_features(s), use):
+                step.decide(x)
+        else:
+            for name in TIMED:
+                getattr(step, name)(x)
+    except Exception as error:  # told again, with its time missing, when it is tried
+        print(f"does not run: {op} {use}: {type(error).__name__}: {error}")
 
 
 def attend_candidates(s: Shape) -> Iterator[tuple[int, dict[str, int]]]:
@@ -62,14 +115,19 @@ def _tune_attend(s: Shape, device: torch.device, samples: int) -> None:
     for splits, use in attend_candidates(s):
         with (
             launch.candidate("attend", device, pairs, features, use),
-            launch.candidate("attend_splits", device, pairs, {}, {"splits": splits}),
+            launch.candidate("attend_splits", device, pairs, {}, {"programs": splits * pairs}),
         ):
             step.split()
             results.append((_median_us(step, both, samples), splits, use))
     _report(f"attend+merge b{s.rows}", results)
     _, splits, use = min(results, key=lambda r: r[0])
     launch.put("attend", device, pairs, features, use)
-    launch.put("attend_splits", device, pairs, {}, {"splits": splits})
+    launch.put("attend_splits", device, pairs, {}, {"programs": splits * pairs})
+
+
+def decide_features(s: Shape) -> dict[str, int]:
+    """What an entry of `decide` must match: its blocks, rounded up to a power of two."""
+    return {"blocks": 1 << (s.blocks - 1).bit_length()}
 
 
 def _tune_overlap(s: Shape, device: torch.device, samples: int) -> None:
@@ -95,7 +153,7 @@ def attend_features(s: Shape) -> dict[str, int]:
 
 
 def _tune_decide(s: Shape, device: torch.device, samples: int) -> None:
-    pairs, features = s.rows * s.heads, {"blocks": 1 << (s.blocks - 1).bit_length()}
+    pairs, features = s.rows * s.heads, decide_features(s)
     step = Step(s, device)
     results = []
     for use in decide_candidates(s):

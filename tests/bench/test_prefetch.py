@@ -9,7 +9,7 @@ import torch
 
 from bench.__main__ import main
 from bench.prefetch import Geometry, Phase, Traffic, belady, capacity_slots, replay, warm_blocks
-from bench.prefetch_plot import FIGURE
+from bench.prefetch_plot import FIGURE, _points
 from bench.prefetch_policies import POLICIES, Guesses, phases_of, query_blocks, select_by, worth_of
 from bench.prefetch_suite import SELECTIONS, Case, replay_all, selection_rows
 from bench.prefetch_time import Machine, exposed_ms
@@ -423,6 +423,9 @@ def test_command_writes_rows_for_every_policy(recorded, tmp_path, capsys):
     assert demand["tiny-c1.5-late"] == demand["tiny-c1.5-perfect"] == 0 < demand["tiny-c1.5-lru"]
     assert "capacity 1.5 x budget" in capsys.readouterr().out
     assert (tmp_path / "all" / "env.json").exists()
+    points = _points(tmp_path / "all")
+    assert set(points) == {"tiny"} and set(points["tiny"]["evict-coldest"]) == {"1.0", "1.5"}
+    assert points["tiny"]["lru"]["1.5"]["link_blocks_per_step"] == links["tiny-c1.5-lru"]
     assert (tmp_path / "all" / FIGURE).exists() == _has_matplotlib()
 
     assert main([*arguments, "--out", str(tmp_path / "few")]) == 0

@@ -7,13 +7,16 @@ import pytest
 import torch
 from transformers import DynamicCache, Gemma3ForCausalLM, Gemma3TextConfig, PreTrainedModel
 
-from bench import record
+from bench import record, record_suite
+from bench.prefetch_policies import Guesses
 from bench.record import Recorder
 from bench.record_suite import policy_of
 from bench.recorded import Recording
+from bench.schema import Environment
 from bench.texts import TEXTS
 from rheo_offload.types import Policy
 
+ENVIRONMENT = Environment(**{name: name for name in Environment.__dataclass_fields__})
 TRACES = sorted((Path(__file__).parents[2] / "bench" / "traces").glob("*.npz"))
 
 
@@ -168,6 +171,40 @@ def test_recorder_wants_whole_blocks(model):
     recorder = Recorder(model, block_size=16, max_blocks=5)
     with pytest.raises(ValueError, match="whole blocks"):
         recorder.read(torch.zeros(1, 60, dtype=torch.int64))
+
+
+def test_suite_writes_recordings_that_their_scores_lead_to(model, monkeypatch, tmp_path, capsys):
+    monkeypatch.setitem(TEXTS, "letters", lambda: "the quick brown fox jumps over the lazy dog, " * 10)
+    monkeypatch.setitem(TEXTS, "short", lambda: "too short")
+    arguments = {
+        "model_name": "tiny", "policies": ["s32-heat", "s32-noheat"], "prompt_tokens": 320, "steps": 12,
+        "block_size": 8, "environment": ENVIRONMENT, "folder": tmp_path, "scores_folder": tmp_path,
+    }  # fmt: skip
+    written = record_suite.record(model, Letters(), texts=["letters"], **arguments)
+    assert [path.name for path in written] == ["tiny-s32-heat.npz", "tiny-s32-noheat.npz"]
+    for path, agnostic in zip(written, (12, 0), strict=True):
+        recording = Recording.load(path)
+        assert recording.base.shape == (4, 12, 32) and recording.early.shape == (4, 12, agnostic)
+        assert recording.meta["streams"] == [["letters", layer, head] for layer in (0, 2) for head in (0, 1)]
+        assert (
+            recording.meta["environment"]["commit"] == "commit" and len(recording.meta["token_sha256"]) == 1
+        )
+        with np.load(tmp_path / f"{path.stem}.scores.npz") as scores:
+            guesses = Guesses.of(
+                recording, {name: scores[name] for name in scores.files}
+            )  # raises if they do not
+        assert set(guesses.ahead) == {1, 2, 6}
+    with pytest.raises(ValueError, match="332 are needed"):
+        record_suite.record(model, Letters(), texts=["short"], **arguments)
+
+
+class Letters:
+    """A tokenizer of letters."""
+
+    bos_token_id = 1
+
+    def __call__(self, text: str, add_special_tokens: bool) -> dict[str, list[int]]:
+        return {"input_ids": [ord(c) % 64 for c in text]}
 
 
 @pytest.mark.parametrize("name", [name for name in TEXTS if not name.startswith("prose")])
