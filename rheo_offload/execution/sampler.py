@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import torch
 from torch import Tensor
 
-from csrc_free_kernels.reference.sample_greedy import MAX_VOCABULARY, SCRATCH_WORDS
+from rheo_offload.ops import of_kernels
 from rheo_offload.transfer.upload import Uploader
 
 Upload = Callable[[list[float], torch.dtype, Tensor], Tensor]
@@ -91,9 +91,10 @@ class Sampler:
         Raises:
             ValueError: no rows, or a vocabulary that the kernels do not take.
         """
-        if rows < 1 or not 1 <= vocab_size <= MAX_VOCABULARY:
+        most, words = (of_kernels("reference.sample_greedy", n) for n in ("MAX_VOCABULARY", "SCRATCH_WORDS"))
+        if rows < 1 or not 1 <= vocab_size <= most:
             raise ValueError(
-                f"a sampler has at least one row and 1 to {MAX_VOCABULARY} logits a row, not {rows} of {vocab_size}"
+                f"a sampler has at least one row and 1 to {most} logits a row, not {rows} of {vocab_size}"
             )
         self.rows, self.vocab_size, self._ops = rows, vocab_size, ops
         self._upload: Upload = upload or Uploader(device, slots=16, bytes=64).upload
@@ -104,7 +105,7 @@ class Sampler:
         self.seed = torch.zeros(rows, dtype=torch.int64, device=device)
         self.tokens = torch.zeros(rows, dtype=torch.int64, device=device)
         self.bad = torch.zeros(rows, dtype=torch.int32, device=device)
-        self._scratch = torch.zeros(rows, SCRATCH_WORDS, dtype=torch.int64, device=device)
+        self._scratch = torch.zeros(rows, words, dtype=torch.int64, device=device)
 
     def set_row(self, row: int, params: SamplingParams) -> None:
         """Give a row to a request. Queued on the current stream, no wait; a missing seed is drawn here."""
