@@ -14,7 +14,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from bench.decoder import Unsupported
 from bench.timing import Quantiles, time_calls
-from rheo_offload.execution.workspace import attention_splits
+from csrc_free_kernels.launch import attend_splits
 from rheo_offload.model.specs import layer_specs
 from rheo_offload.ops import kernels_for
 
@@ -101,7 +101,7 @@ class Paged(Attention):
         numbers = torch.arange(rows * heads * blocks, dtype=torch.int32, device=device)
         self.slots = numbers.view(rows, heads, blocks)
         self.ids = (self.slots % blocks).contiguous()
-        splits = attention_splits(rows * heads, blocks, device)
+        splits = attend_splits(rows * heads, blocks, device)
         self.out_parts = torch.zeros(splits, rows, num_q_heads, dim, device=device)
         self.lse_parts = torch.zeros(splits, rows, num_q_heads, device=device)
         self.arrivals = torch.zeros(rows, heads, dtype=torch.int32, device=device)

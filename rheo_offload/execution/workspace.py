@@ -2,15 +2,7 @@
 
 import torch
 
-# Programs that keep a GPU busy: about two per multiprocessor of a large part.
-TARGET_PROGRAMS = 264
-MAX_SPLITS = 32
-
-
-def attention_splits(heads: int, blocks: int, device: torch.device) -> int:
-    """Return into how many parts the blocks of a (row, KV head) are split so that the device is busy."""
-    programs = TARGET_PROGRAMS if device.type == "cuda" else torch.get_num_threads()
-    return max(1, min(-(-programs // heads), MAX_SPLITS, blocks))
+from rheo_offload.ops import of_kernels
 
 
 class DecodeWorkspace:
@@ -49,9 +41,8 @@ class DecodeWorkspace:
         self.load_dst = ints(rows * num_kv_heads * block_budget)
         self.load_count = torch.zeros(1, dtype=torch.int32, device=device)
         heads = rows * num_kv_heads
-        self.hit_splits = attention_splits(heads, block_budget, device)
-        # misses are few: a quarter of the splits is plenty
-        self.miss_splits = max(1, self.hit_splits // 4)
+        self.hit_splits: int = of_kernels("launch", "attend_splits")(heads, block_budget, device)
+        self.miss_splits: int = of_kernels("launch", "miss_splits")(heads, block_budget, device)
         parts = self.hit_splits + self.miss_splits
         self.out_parts = floats(parts, rows, num_q_heads, head_dim)
         self.lse_parts = floats(parts, rows, num_q_heads)
@@ -78,7 +69,7 @@ class RingWorkspace:
         self.block_ids = torch.full_like(self.slots, -1)
         self.block_slots = torch.full_like(self.slots, -1)
         self.arrivals = torch.zeros(rows, num_kv_heads, dtype=torch.int32, device=device)
-        splits = attention_splits(rows * num_kv_heads, ring_blocks, device)
+        splits = of_kernels("launch", "attend_splits")(rows * num_kv_heads, ring_blocks, device)
         self.out_parts = torch.zeros(splits, rows, num_q_heads, head_dim, device=device)
         self.lse_parts = torch.zeros(splits, rows, num_q_heads, device=device)
 
