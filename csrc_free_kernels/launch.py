@@ -16,6 +16,7 @@ import torch
 TABLE = Path(__file__).with_name("launch_table.json")
 PROGRAMS = 264  # that keep a GPU busy: about two per multiprocessor of a large part
 MAX_SPLITS = 32
+FEW_ROWS = 16  # that `linear_few` takes: one tile of the tensor core
 
 
 @cache
@@ -69,18 +70,28 @@ def _heads(entry: dict[str, Any]) -> int:
 
 
 @contextmanager
-def candidate(op: str, device: torch.device, heads: int, features: dict[str, int], use: dict[str, int]) -> Iterator[None]:
+def candidate(
+    op: str, device: torch.device, heads: int, features: dict[str, int], use: dict[str, int]
+) -> Iterator[None]:
     """Put one entry in place of those that match it, while inside: how the tuner tries things."""
-    table = entries()
-    before = list(table)
-    key = {"op": op, "arch": arch_of(device), "heads": heads, "features": features}
-    table[:] = [e for e in table if {name: e[name] for name in key} != key] + [key | {"use": use}]
-    _find.cache_clear()
+    before = list(entries())
+    put(op, device, heads, features, use)
     try:
         yield
     finally:
-        table[:] = before
-        _find.cache_clear()
+        replace(before)
+
+
+def put(op: str, device: torch.device, heads: int, features: dict[str, int], use: dict[str, int]) -> None:
+    """Put one entry in place of what the table said of the same call, in this process."""
+    key = {"op": op, "arch": arch_of(device), "heads": heads, "features": features}
+    replace([e for e in entries() if {name: e[name] for name in key} != key] + [key | {"use": use}])
+
+
+def replace(table: list[dict[str, Any]]) -> None:
+    """Let `table` count from now on, in this process."""
+    entries()[:] = table
+    _find.cache_clear()
 
 
 def attend_splits(heads: int, blocks: int, device: torch.device) -> int:
@@ -91,15 +102,40 @@ def attend_splits(heads: int, blocks: int, device: torch.device) -> int:
         blocks: blocks that each attends to at most.
         device: where it runs.
     """
-    use = launch_of("attend_splits", device, heads)
     programs = PROGRAMS if device.type == "cuda" else torch.get_num_threads()
-    wanted = use.get("splits", -(-programs // heads))
-    return max(1, min(wanted, MAX_SPLITS, blocks))
+    programs = launch_of("attend_splits", device, heads).get("programs", programs)
+    return max(1, min(-(-programs // heads), MAX_SPLITS, blocks))
 
 
 def miss_splits(heads: int, blocks: int, device: torch.device) -> int:
-    """Return how many parts `attend_merge` adds for the blocks that were missing: they are few.
+    """Return how many parts `attend_merge` adds for the blocks that were missing, which are few.
 
-    Without misses its programs share the merging of a group's heads, so on a GPU two are left where it can be.
+    Without misses its programs share the merging of a group's heads, of which there are rarely more than eight.
     """
     return max(1, min(attend_splits(heads, blocks, device) // 4, 8))
+
+
+def few_rows_config(
+    n: int, k: int, rows: int, itemsize: int, device: torch.device
+) -> tuple[int, int, int, int] | None:
+    """Return how `linear_few` runs where it was measured to beat torch; None where torch shall do the product.
+
+    Costs a look into a dictionary, so it may be asked at every product. An entry's `max_rows` is the largest number
+    of rows at which the op won.
+
+    Args:
+        n: output channels.
+        k: input channels.
+        rows: of the input.
+        itemsize: bytes of an element.
+        device: where it runs.
+
+    Returns:
+        Output channels a program, input channels a step, warps, steps in flight.
+    """
+    if rows > FEW_ROWS:
+        return None
+    use = _find("linear_few", arch_of(device), 0, (("itemsize", itemsize), ("k", k), ("n", n)))
+    if rows > use.get("max_rows", 0):
+        return None
+    return use["block_n"], use["block_k"], use["num_warps"], use["num_stages"]

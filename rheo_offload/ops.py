@@ -2,6 +2,7 @@
 
 import importlib
 from types import SimpleNamespace
+from typing import Any
 
 import torch
 
@@ -15,6 +16,7 @@ OPS = (
     "decide",
     "gated_act",
     "gather",
+    "linear_few",
     "merge",
     "prefill_attention",
     "resolve",
@@ -47,3 +49,8 @@ def kernels_for(device: torch.device, kernels: str = "auto") -> SimpleNamespace:
     return SimpleNamespace(
         **{op: getattr(importlib.import_module(f"csrc_free_kernels.{home}.{op}"), op) for op in OPS}
     )
+
+
+def of_kernels(module: str, name: str) -> Any:
+    """Return what `csrc_free_kernels.<module>` calls `name`; imported here, when it is needed, and nowhere before."""
+    return getattr(importlib.import_module(f"csrc_free_kernels.{module}"), name)

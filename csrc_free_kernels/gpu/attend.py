@@ -175,7 +175,8 @@ def attend(
         softmax_scale, 1.0 if soft_cap is None else soft_cap, 0 if window is None else window,
         *q.stride()[:2], k_pool.stride(0), v_pool.stride(0), *block_ids.stride()[:2], *block_slots.stride()[:2],
         *out.stride()[:3], *lse.stride(),
-        **attend_sizes(q, k_pool, block_ids, num_splits), HAS_CAP=soft_cap is not None, HAS_WINDOW=window is not None,
+        **attend_sizes(q, k_pool, block_ids, num_splits),
+        HAS_CAP=soft_cap is not None, HAS_WINDOW=window is not None,
         **overlap(q.device),
     )  # fmt: skip
 
@@ -190,11 +191,11 @@ def attend_sizes(q: Tensor, k_pool: Tensor, block_ids: Tensor, num_splits: int) 
         use |= {"num_warps": 2 * NUM_WARPS, "num_stages": 2}
     use |= launch_of("attend", q.device, rows * heads, dim=block_d, block_size=block_size, itemsize=itemsize)
     block_c = max(16, min(block_size, use["tokens"]))
-    room = shared_bytes(q.device) - ROOM_BYTES
+    fitting = 1 + (shared_bytes(q.device) - ROOM_BYTES) // (2 * block_c * block_d * itemsize)
     return {
         "H_KV": heads, "G": group, "D": dim, "C": block_size, "S": num_ids, "T": num_splits,
         "BLOCK_G": max(16, triton.next_power_of_2(group)), "BLOCK_D": block_d, "BLOCK_C": block_c,
         "BLOCK_S": triton.next_power_of_2(triton.cdiv(num_ids, num_splits)),
         "UPCAST_DOT": q.device.type == "cpu",
-        "num_warps": use["num_warps"], "num_stages": max(2, min(use["num_stages"], 1 + room // (2 * block_c * block_d * itemsize))),
+        "num_warps": use["num_warps"], "num_stages": max(2, min(use["num_stages"], fitting)),
     }  # fmt: skip

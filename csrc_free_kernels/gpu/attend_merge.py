@@ -5,7 +5,7 @@ import triton.language as tl
 from torch import Tensor
 
 from csrc_free_kernels.gpu.attend import attend_sizes, attend_split, store_part
-from csrc_free_kernels.gpu.merge import merge_head
+from csrc_free_kernels.gpu.merge import merge_heads
 from csrc_free_kernels.gpu.overlap import begin, overlap
 from csrc_free_kernels.gpu.score_mean import arrive
 
@@ -22,7 +22,7 @@ def attend_merge_kernel(
     stride_pt, stride_pb, stride_ph, stride_lt, stride_lb, stride_lh, stride_ob, stride_oh, stride_eb, stride_eh,
     H_KV: tl.constexpr, G: tl.constexpr, D: tl.constexpr, C: tl.constexpr, S: tl.constexpr, T: tl.constexpr,
     BLOCK_G: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_S: tl.constexpr,
-    ALL_S: tl.constexpr, BLOCK_T: tl.constexpr, HAS_CAP: tl.constexpr, HAS_WINDOW: tl.constexpr,
+    ALL_S: tl.constexpr, G_P: tl.constexpr, BLOCK_T: tl.constexpr, HAS_CAP: tl.constexpr, HAS_WINDOW: tl.constexpr,
     HAS_SINK: tl.constexpr, HAS_LSE: tl.constexpr, UPCAST_DOT: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     begin(PDL)
@@ -33,9 +33,20 @@ def attend_merge_kernel(
     p_slots += i_b * stride_sb + i_h * stride_sh
     p_parts += i_b * stride_pb
     p_lse_parts += i_b * stride_lb
+    p_out += i_b * stride_ob
+    if HAS_LSE:
+        p_lse += i_b * stride_eb
+    last = (i_h + 1) * G
     o_s = tl.arange(0, ALL_S)
-    first, step, num_parts = i_t, T, first_part  # which heads to merge, and how many parts
-    if tl.max(tl.load(p_slots + o_s, mask=o_s < S, other=-1), 0) >= 0:
+    if tl.max(tl.load(p_slots + o_s, mask=o_s < S, other=-1), 0) < 0:
+        SHARE: tl.constexpr = (G + T - 1) // T
+        HEADS: tl.constexpr = triton.next_power_of_2(SHARE)
+        merge_heads(
+            p_parts, p_lse_parts, p_sinks, p_out, p_lse, i_h * G + i_t * HEADS, last, first_part,
+            stride_pt, stride_ph, stride_lt, stride_lh, stride_oh, stride_eh,
+            D, HEADS, BLOCK_T // HEADS, BLOCK_D, HAS_SINK, HAS_LSE,
+        )  # fmt: skip
+    else:
         b_o, b_lse = attend_split(
             p_q, p_k, p_v, p_ids + i_b * stride_ib + i_h * stride_ih, p_slots, p_seq_lens,
             softmax_scale, soft_cap, window, i_b, i_h, i_t, stride_qb, stride_qh, stride_k, stride_v,
@@ -44,22 +55,12 @@ def attend_merge_kernel(
         i_part = (first_part + i_t).to(tl.int64)
         p_own, p_own_lse = p_parts + i_part * stride_pt, p_lse_parts + i_part * stride_lt
         store_part(p_own, p_own_lse, b_o, b_lse, i_h, stride_ph, stride_lh, G, D, BLOCK_G, BLOCK_D)
-        first, step, num_parts = tl.where(arrive(p_arrivals + i_bh), 0, G), 1, first_part + T
-    for g in range(first, G, step):
-        i_hq = i_h * G + g
-        if HAS_SINK:
-            p_sink = p_sinks + i_hq
-        else:
-            p_sink = p_sinks
-        if HAS_LSE:
-            p_lse_out = p_lse + i_b * stride_eb + i_hq * stride_eh
-        else:
-            p_lse_out = p_lse
-        merge_head(
-            p_parts + i_hq * stride_ph, p_lse_parts + i_hq * stride_lh, p_sink,
-            p_out + i_b * stride_ob + i_hq * stride_oh, p_lse_out, num_parts, stride_pt, stride_lt,
-            D, BLOCK_T, BLOCK_D, HAS_SINK, HAS_LSE,
-        )  # fmt: skip
+        if arrive(p_arrivals + i_bh):
+            merge_heads(
+                p_parts, p_lse_parts, p_sinks, p_out, p_lse, i_h * G, last, first_part + T,
+                stride_pt, stride_ph, stride_lt, stride_lh, stride_oh, stride_eh,
+                D, G_P, BLOCK_T // G_P, BLOCK_D, HAS_SINK, HAS_LSE,
+            )  # fmt: skip
 
 
 def attend_merge(
@@ -86,16 +87,19 @@ def attend_merge(
     Arguments as in `csrc_free_kernels/reference/attend_merge.py`; the last dim of q, out_parts and out is
     contiguous, as are `sinks` and `arrivals`. One launch on the current stream, no wait.
     """
-    (num_parts, batch, _, head_dim), num_kv_heads = out_parts.shape, block_ids.shape[1]
-    splits = num_parts - first_part
-    block_d = triton.next_power_of_2(head_dim)
+    num_parts, batch, num_kv_heads = out_parts.shape[0], q.shape[0], block_ids.shape[1]
+    splits, group = num_parts - first_part, out.shape[1] // num_kv_heads
+    sizes = attend_sizes(q, k_pool, block_ids, splits)
+    if first_part > 0:  # what comes late is little: more programs at once count for more than deep buffers
+        sizes["num_stages"] = 2
+    pooled, block_d = triton.next_power_of_2(group), sizes["BLOCK_D"]
     attend_merge_kernel[(batch * num_kv_heads, splits)](
         q, k_pool, v_pool, block_ids, block_slots, seq_lens, first_part, out_parts, lse_parts, arrivals, sinks,
         out, lse, softmax_scale, 1.0 if soft_cap is None else soft_cap, 0 if window is None else window,
         *q.stride()[:2], k_pool.stride(0), v_pool.stride(0), *block_ids.stride()[:2], *block_slots.stride()[:2],
         *out_parts.stride()[:3], *lse_parts.stride(), *out.stride()[:2], *((0, 0) if lse is None else lse.stride()),
-        **attend_sizes(q, k_pool, block_ids, splits), ALL_S=triton.next_power_of_2(block_ids.shape[2]),
-        BLOCK_T=min(triton.next_power_of_2(num_parts), max(1, MERGE_ELEMENTS // block_d)),
+        **sizes, ALL_S=triton.next_power_of_2(block_ids.shape[2]), G_P=pooled,
+        BLOCK_T=pooled * min(triton.next_power_of_2(num_parts), max(1, MERGE_ELEMENTS // (pooled * block_d))),
         HAS_CAP=soft_cap is not None, HAS_WINDOW=window is not None,
         HAS_SINK=sinks is not None, HAS_LSE=lse is not None, **overlap(q.device),
     )  # fmt: skip

@@ -1,22 +1,32 @@
-"""Counts that searches in Triton kernels share: three in one reduction."""
+"""Counts that searches in Triton kernels share: several in one reduction."""
 
 import triton
 import triton.language as tl
 
+FEW = tl.constexpr(1024)  # elements up to which three counts fit one word of 32 bits, beyond it two
+
 
 @triton.jit
-def count_three(m_1, m_2, m_3, SIZE: tl.constexpr):
-    """How many of SIZE elements each mask marks; with SIZE above 512 none may mark all 1024.
+def thresholds(low, high, SIZE: tl.constexpr):
+    """Thresholds that cut `low .. high` (int64) in four, or, for many elements, in three: then two are equal."""
+    if SIZE <= FEW:
+        step = tl.maximum((high - low) // 4, 1)
+        return low + step, low + 2 * step, low + 3 * step
+    else:
+        step = tl.maximum((high - low) // 3, 1)
+        return low + step, low + 2 * step, low + 2 * step
 
-    The counts travel as fields of one word. In 32 bits a warp adds them up in a single instruction.
+
+@triton.jit
+def count_marked(m_1, m_2, m_3, SIZE: tl.constexpr):
+    """How many of SIZE elements each mask marks, not all SIZE; beyond FEW the third mask counts as the second.
+
+    The counts travel as fields of one 32-bit word, which a warp adds up in a single instruction.
     """
-    WORD: tl.constexpr = tl.int32 if SIZE <= 1024 else tl.int64
-    FIELD: tl.constexpr = 10 if SIZE <= 1024 else 21
-    b_word = m_1.to(WORD) + (m_2.to(WORD) << FIELD) + (m_3.to(WORD) << (2 * FIELD))
-    b_word = tl.sum(b_word, axis=0)
-    MASK: tl.constexpr = (1 << FIELD) - 1
-    return (
-        (b_word & MASK).to(tl.int32),
-        ((b_word >> FIELD) & MASK).to(tl.int32),
-        (b_word >> (2 * FIELD)).to(tl.int32),
-    )
+    if SIZE <= FEW:
+        b_word = m_1.to(tl.int32) + (m_2.to(tl.int32) << 10) + (m_3.to(tl.int32) << 20)
+        b_word = tl.sum(b_word, axis=0)
+        return b_word & 1023, (b_word >> 10) & 1023, b_word >> 20
+    else:
+        b_word = tl.sum(m_1.to(tl.int32) + (m_2.to(tl.int32) << 16), axis=0)
+        return b_word & 65535, b_word >> 16, b_word >> 16

@@ -15,17 +15,16 @@ from csrc_free_kernels.gpu.resolve import resolve_blocks, tile_of_slots
 from csrc_free_kernels.gpu.score_mean import arrive, pool_mean, pool_mean_at_once, unit_logits
 from csrc_free_kernels.gpu.score_minmax import bounds
 from csrc_free_kernels.gpu.score_windows import pool_windows
-from csrc_free_kernels.gpu.select import MAX_BLOCKS, fold_heat, select_blocks
+from csrc_free_kernels.gpu.select import MAX_BLOCKS, MAX_WARPS, fold_heat, select_blocks, warps_of
 from csrc_free_kernels.gpu.victims import id_range_of
 from csrc_free_kernels.launch import launch_of
 from csrc_free_kernels.reference.decide import check_score
 from csrc_free_kernels.reference.select import check_arguments
 
-ELEMENTS_PER_WARP = 256  # blocks of a row a warp selects from: 8 a thread
-MAX_WARPS = 16
+WIDTHS = {"mean": 1, "minmax": 2}  # vectors that summarise a block
 LOGITS_PER_THREAD = 32  # that pooling holds at once
-WARP_BYTES, TILE_BYTES = 8192, 32768  # of summaries that a warp, and a program, score at once
-PROGRAMS = 528  # worth launching, four an SM: a small batch is split over its summaries
+TILE_BYTES = 32768  # of summaries that a program scores at once, less where a small batch is split further
+PROGRAMS = 528  # worth launching, four an SM
 
 
 # Writes the scores of one (row, head) where its logits are complete, and returns them [N_P].
@@ -37,7 +36,9 @@ def pool_scores(
 ):  # fmt: skip
     num_closed = tl.minimum(seq_len // block_size, num_blocks)
     if SCORE == "mean" and TILE == N_P:
-        b_score = pool_mean_at_once(logits + o_logits, p_scores, num_closed, num_blocks, stride_lh, G, G_P, N_P)
+        b_score = pool_mean_at_once(
+            logits + o_logits, p_scores, num_closed, num_blocks, stride_lh, G, G_P, N_P
+        )
     else:
         if SCORE == "mean":
             pool_mean(logits + o_logits, p_scores, num_closed, num_blocks, stride_lh, G, G_P, TILE)
@@ -164,13 +165,17 @@ def decide(
     check_arguments(None if score == "none" else block_scores, heat, query_blocks, agnostic_blocks, normalise)
     whole = (selected_blocks, num_selected, slot_base, slot_count, hit_slots, miss_slots, counters)
     given = [t for t in (q, summary, heat, logits, block_scores) if t is not None]
-    if not all(t.is_contiguous() for t in whole) or any(t.stride(-1) != 1 for t in (*given, slot_of, host_table)):
+    if not all(t.is_contiguous() for t in whole) or any(
+        t.stride(-1) != 1 for t in (*given, slot_of, host_table)
+    ):
         raise ValueError("lists and counters must be contiguous, and the last dim of every tensor")
     rows, heads, num_blocks = slot_of.shape
     if num_blocks > MAX_BLOCKS:
         raise ValueError(f"decide handles up to {MAX_BLOCKS} blocks, not {num_blocks}")
     if score in ("given", "none"):
         q = summary = None
+    if summary is not None and summary.shape[2] != WIDTHS.get(score, summary.shape[2]):
+        raise ValueError(f"score {score!r} takes {WIDTHS[score]} vectors a block, not {summary.shape[2]}")
     width, units = selected_blocks.shape[2], 1 if summary is None else summary.shape[2]
     group, dim = (1, 1) if q is None else (q.shape[1] // heads, q.shape[2])
     padded, pooled, dim_p = (triton.next_power_of_2(n) for n in (num_blocks, group, dim))
@@ -197,18 +202,24 @@ def decide_sizes(
     Args:
         padded, pooled: N and G, rounded up to powers of two.
     """
-    use = {"num_warps": max(1, min(MAX_WARPS, padded // ELEMENTS_PER_WARP)), "programs": PROGRAMS}
+    use = {"num_warps": warps_of(padded), "programs": PROGRAMS}
     use |= launch_of("decide", q.device, heads, blocks=padded) if q is not None else {}
     warps = use["num_warps"]
     per_thread = LOGITS_PER_THREAD if score == "mean" and warps < MAX_WARPS else LOGITS_PER_THREAD // 4
-    sizes = {"POOL_TILE": min(padded, max(64, warps * 32 * per_thread // pooled)), "num_warps": warps, "TILE": 16}
+    sizes = {
+        "POOL_TILE": min(padded, max(64, warps * 32 * per_thread // pooled)),
+        "num_warps": warps,
+        "TILE": 16,
+    }
     if q is None or summary is None:
         return 1, sizes
     vectors = 1 if score == "minmax" else summary.shape[2]  # summaries a block; minmax takes its two together
     summary_bytes = summary.shape[2] // vectors * triton.next_power_of_2(q.shape[2]) * summary.element_size()
-    sizes["TILE"] = max(16, min(warps * WARP_BYTES, TILE_BYTES) // summary_bytes)
-    tiles = triton.cdiv(padded * vectors, sizes["TILE"])
-    return max(1, min(tiles, triton.cdiv(use["programs"], heads))), sizes
+    splits = triton.next_power_of_2(triton.cdiv(use["programs"], heads))
+    units = triton.next_power_of_2(padded * vectors)
+    # 8 summaries a warp are the width of a matrix instruction
+    sizes["TILE"] = max(16, min(TILE_BYTES // summary_bytes, max(8 * warps, units // splits)))
+    return max(1, min(units // sizes["TILE"], splits)), sizes
 
 
 def strides_of(t: Tensor | None, dims: int) -> tuple[int, ...]:

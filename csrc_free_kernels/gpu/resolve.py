@@ -11,7 +11,8 @@ SLOTS_PER_WARP = 256  # 8 a thread: a usual capacity needs one warp, whose reduc
 
 
 # Hits, misses, tables, load list and counters of one (row, head), for the first `num` of the selected blocks
-# b_block [S_P], whose slots, or -1, are b_slot. All pointers are the (row, head)'s own but `block_in`, `last_used` and the load list.
+# b_block [S_P], whose slots, or -1, are b_slot. Pointers are the (row, head)'s own but `block_in`, `last_used`
+# and the load list.
 @triton.jit
 def resolve_blocks(
     b_block, b_slot, num, nb, i_step, i_h, p_table, p_slot_of, block_in, last_used, p_base, p_count,
@@ -124,7 +125,8 @@ def resolve_kernel(
     b_block = tl.load(selected_blocks + i_row * S + o_s, mask=o_s < num, other=0)
     b_slot = tl.load(p_slot_of + b_block, mask=o_s < num, other=-1)
     resolve_blocks(
-        b_block, b_slot, num, nb, i_step, i_h, host_table + i_b * stride_tb, p_slot_of, block_in, last_used, slot_base + i_row, slot_count + i_row,
+        b_block, b_slot, num, nb, i_step, i_h, host_table + i_b * stride_tb, p_slot_of, block_in, last_used,
+        slot_base + i_row, slot_count + i_row,
         hit_slots + i_row * S, miss_slots + i_row * S, load_src, load_dst, load_count, counters + i_row * 5,
         sink_blocks, recent_blocks, id_range, Hkv, S, S_P, TILE,
     )  # fmt: skip

@@ -4,11 +4,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from csrc_free_kernels.gpu.counts import count_three
+from csrc_free_kernels.gpu.counts import count_marked, thresholds
 from csrc_free_kernels.reference.select import check_arguments
 
 MAX_BLOCKS = 32768  # a row is held in registers: 32 values a thread at this size
-ELEMENTS_PER_WARP = 512  # 16 values a thread; a row of up to 512 blocks needs no barrier at all
+MAX_WARPS = 16
 LOWEST_KEY = tl.constexpr(-(2**31))  # below the key of -inf, so only for what may not be taken
 
 
@@ -21,33 +21,30 @@ def sortable(b_x):
     return tl.where(b_bits < 0, b_bits ^ 0x7FFFFFFF, b_bits)
 
 
-# Marks the `count` largest keys, ties to the lower index; `count` >= 1 and as many keys are above LOWEST_KEY.
-# Two bits of the threshold a round; the search ends once exactly `count` keys are at or above it, so only a
-# tie goes to the last bits. Rows of up to 512 keys are best held by one warp, whose sums need no barrier.
+# Marks the `num` largest keys, ties to the lower index; `num` >= 1 and as many keys are above LOWEST_KEY.
+# Cuts the range of the keys in parts; at or above `b_low` are always `num` keys or more, at or above `b_high`
+# fewer. Ends once they are exactly `num`, so only a tie is searched for to the last bit.
 @triton.jit
-def best(b_key, count, N_P: tl.constexpr):
-    b_threshold = tl.full((), LOWEST_KEY, tl.int32)
-    b_reached = tl.full((), 2**31 - 1, tl.int32)  # how many keys are at or above the threshold
-    b_bit = tl.full((), 30, tl.int32)
-    while (b_bit >= 0) & (b_reached != count):
-        b_step = tl.full((), 1, tl.int32) << b_bit
-        b_1 = b_threshold ^ b_step
-        b_2 = b_threshold ^ (b_step << 1)
-        b_3 = b_2 ^ b_step
-        n_1, n_2, n_3 = count_three(b_key >= b_1, b_key >= b_2, b_key >= b_3, N_P)
-        b_reached = tl.where(n_1 >= count, n_1, b_reached)
-        b_reached = tl.where(n_2 >= count, n_2, b_reached)
-        b_reached = tl.where(n_3 >= count, n_3, b_reached)
-        b_new = tl.where(n_1 >= count, b_1, b_threshold)
-        b_new = tl.where(n_2 >= count, b_2, b_new)
-        b_threshold = tl.where(n_3 >= count, b_3, b_new)
-        b_bit -= 2
+def best(b_key, num, N_P: tl.constexpr):
+    b_low = tl.min(tl.where(b_key > LOWEST_KEY, b_key, 2**31 - 1), axis=0).to(tl.int64)
+    b_high = tl.max(b_key, axis=0).to(tl.int64) + 1
+    b_reached = tl.full((), -1, tl.int32)
+    while (b_high - b_low > 1) & (b_reached != num):
+        b_1, b_2, b_3 = thresholds(b_low, b_high, N_P)
+        n_1, n_2, n_3 = count_marked(
+            b_key >= b_1.to(tl.int32), b_key >= tl.minimum(b_2, b_high).to(tl.int32),
+            b_key >= tl.minimum(b_3, b_high).to(tl.int32), N_P,
+        )  # fmt: skip
+        b_high = tl.where(n_1 < num, b_1, tl.where(n_2 < num, b_2, tl.where(n_3 < num, b_3, b_high)))
+        b_low = tl.where(n_3 >= num, b_3, tl.where(n_2 >= num, b_2, tl.where(n_1 >= num, b_1, b_low)))
+        b_reached = tl.where(n_3 >= num, n_3, tl.where(n_2 >= num, n_2, tl.where(n_1 >= num, n_1, b_reached)))
+    b_threshold = b_low.to(tl.int32)
     m_best = b_key >= b_threshold
-    if b_reached > count:
+    if b_reached != num:
         m_tie = b_key == b_threshold
         b_rank = tl.cumsum(m_tie.to(tl.int32), axis=0)
         b_larger = tl.sum((b_key > b_threshold).to(tl.int32), axis=0)
-        m_best = m_best & ((b_key > b_threshold) | (b_rank <= count - b_larger))
+        m_best = m_best & ((b_key > b_threshold) | (b_rank <= num - b_larger))
     return m_best
 
 
@@ -72,6 +69,17 @@ def choose(
     return m_chosen
 
 
+# How many of the first i + 1 elements are marked, for each i: within pieces of 8, which do not wait for each other,
+# and over them.
+@triton.jit
+def ranks(m, N_P: tl.constexpr):
+    PIECE: tl.constexpr = 8 if N_P >= 256 else 1
+    b_m = tl.reshape(m.to(tl.int32), [N_P // PIECE, PIECE])
+    b_sum = tl.sum(b_m, axis=1)
+    b_before = tl.cumsum(b_sum, axis=0) - b_sum
+    return tl.reshape(tl.cumsum(b_m, axis=1) + b_before[:, None], [N_P])
+
+
 # Lists the blocks that one (row, head) attends to, ascending and then -1; returns how many there are.
 @triton.jit
 def select_blocks(
@@ -86,7 +94,7 @@ def select_blocks(
         tl.store(p_selected + o_s, b_id, mask=o_s < b_count)
     else:
         m_chosen = choose(b_score, b_heat, nb, SINK, RECENT, QUERY, AGNOSTIC, S, N_P)
-        b_place = tl.cumsum(m_chosen.to(tl.int32), axis=0) - 1
+        b_place = ranks(m_chosen, N_P) - 1
         tl.store(p_selected + b_place, tl.arange(0, N_P), mask=m_chosen)
     tl.store(p_selected + o_s, tl.full([S_P], -1, tl.int32), mask=(o_s >= b_count) & (o_s < S))
     tl.store(p_num, b_count)
@@ -175,5 +183,10 @@ def select(
         *(heat.stride()[:2] if heat is not None else (0, 0)),
         SINK=sink_blocks, RECENT=recent_blocks, QUERY=query_blocks, AGNOSTIC=agnostic_blocks,
         NORMALISE=normalise, S=width, S_P=triton.next_power_of_2(width), N_P=padded,
-        num_warps=max(1, min(32, padded // ELEMENTS_PER_WARP)),
+        num_warps=warps_of(padded),
     )  # fmt: skip
+
+
+def warps_of(padded: int) -> int:
+    """Warps that select among `padded` blocks: few, as every step of the search waits for all of them."""
+    return max(1, min(4, padded // 64), min(MAX_WARPS, padded // 256))

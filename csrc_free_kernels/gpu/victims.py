@@ -14,7 +14,7 @@ import torch
 import triton
 import triton.language as tl
 
-from csrc_free_kernels.gpu.counts import count_three
+from csrc_free_kernels.gpu.counts import count_marked, thresholds
 
 NEVER = tl.constexpr(2**62)
 
@@ -101,7 +101,7 @@ def victim_threshold(
 def first_victims(b_key, num, TILE: tl.constexpr):
     """Which of the keys [TILE] are the `num` first victims (every candidate if there are fewer), in registers.
 
-    Cuts the key range in four a round; ends at the first threshold with exactly `num` keys at or below it.
+    Cuts the key range in parts; ends at the first threshold with exactly `num` keys at or below it.
     """
     m_key = b_key < NEVER
     b_candidates = tl.sum(m_key.to(tl.int32), axis=0)
@@ -110,11 +110,8 @@ def first_victims(b_key, num, TILE: tl.constexpr):
     b_high = tl.where(num == 1, tl.minimum(b_low, b_high), b_high)
     b_low = tl.where((num <= 1) | (num >= b_candidates), b_high, b_low)
     while b_low < b_high:
-        b_quarter = (b_high - b_low) // 4
-        b_1 = b_low + b_quarter
-        b_2 = b_1 + b_quarter
-        b_3 = b_2 + b_quarter
-        n_1, n_2, n_3 = count_three(b_key <= b_1, b_key <= b_2, b_key <= b_3, TILE)
+        b_1, b_2, b_3 = thresholds(b_low - 1, b_high, TILE)
+        n_1, n_2, n_3 = count_marked(b_key <= b_1, b_key <= b_2, b_key <= b_3, TILE)
         b_past = tl.where(n_2 >= num, b_1, tl.where(n_3 >= num, b_2, b_3)) + 1
         b_low = tl.where(n_1 >= num, b_low, b_past)
         b_high = tl.where(n_1 >= num, b_1, tl.where(n_2 >= num, b_2, tl.where(n_3 >= num, b_3, b_high)))

@@ -2,8 +2,10 @@
 
 Eight launches a layer besides attention: norm, one product for q, k and v, rotation (with the per-head norms), output
 projection, residual add with the next norm, one product for gate and up, activation, down projection that adds to the
-residual stream. Nothing is patched but `forward` on instances. The merged weights are one buffer that the model's own
-parameters become views of, so there is no second copy and names, shapes and `state_dict` stay as they were.
+residual stream. Products of at most 16 rows, the output embedding's too, are done by `linear_few` where the launch
+table says that it beats torch. Nothing is patched but `forward` on instances. The merged weights are one buffer that
+the model's own parameters become views of, so there is no second copy and names, shapes and `state_dict` stay as they
+were.
 
 With gradients enabled, under autocast or in training mode every module runs its own forward.
 """
@@ -24,7 +26,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel
 
 from rheo_offload.errors import UnsupportedModelError
 from rheo_offload.model.fused_families import Family, activation_of, family_of, layer_problems
-from rheo_offload.ops import kernels_for
+from rheo_offload.ops import kernels_for, of_kernels
 
 logger = logging.getLogger("rheo_offload")
 
@@ -73,15 +75,15 @@ class Merged:
     `load_state_dict(assign=True)`) is noticed in the next call, which merges again.
     """
 
-    def __init__(self, owner: nn.Module, names: Sequence[str]) -> None:
+    def __init__(self, owner: nn.Module, names: Sequence[str], ops: "_Ops") -> None:
         """Take the parts by name from the module that owns them; merged at the first call or by `merge`."""
-        self.owner, self.names = owner, tuple(names)
+        self.owner, self.names, self.ops = owner, tuple(names), ops
         self.weight: Tensor
         self.bias: Tensor | None
         self._pointers: list[int] = []
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "Merged":
-        return Merged(copy.deepcopy(self.owner, memo), self.names)
+        return Merged(copy.deepcopy(self.owner, memo), self.names, self.ops)
 
     def __call__(self, x: Tensor) -> Tensor:
         """Return x [T, in] times every part, [T, sum of outs].
@@ -94,7 +96,7 @@ class Merged:
             type(p) is not nn.Linear for p in parts
         ):
             self.merge()
-        return F.linear(x, self.weight, self.bias)
+        return _product(self.ops(x), x, self.weight, self.bias)
 
     def merge(self) -> None:
         """Bring the parts' parameters into one buffer."""
@@ -143,8 +145,8 @@ class _LayerState:
         attention, mlp = layer.self_attn, layer.mlp
         self.family = family
         self.ops = _Ops()
-        self.qkv = Merged(attention, family.qkv)
-        self.gate_up = Merged(mlp, family.gate_up)
+        self.qkv = Merged(attention, family.qkv, self.ops)
+        self.gate_up = Merged(mlp, family.gate_up, self.ops)
         self.act = activation_of(getattr(mlp, family.act))
         heads, kv_heads = attention.config.num_attention_heads, attention.config.num_key_value_heads
         self.heads = [heads, kv_heads, kv_heads]
@@ -153,7 +155,10 @@ class _LayerState:
 
 
 class _Ops:
-    """The ops of the device a tensor is on, looked up once: Triton on a GPU, plain torch on the CPU."""
+    """The ops of the device a tensor is on, looked up once: Triton on a GPU, plain torch on the CPU.
+
+    With them `few_rows_config`, which says where one of them beats torch.
+    """
 
     def __init__(self) -> None:
         self._of: dict[str, SimpleNamespace] = {}
@@ -162,7 +167,20 @@ class _Ops:
         kind = x.device.type
         if kind not in self._of:
             self._of[kind] = kernels_for(x.device, "triton" if kind == "cuda" else "reference")
+            self._of[kind].few_rows_config = of_kernels("launch", "few_rows_config")
         return self._of[kind]
+
+
+def _product(
+    ops: SimpleNamespace, x: Tensor, weight: Tensor, bias: Tensor | None = None, stream: Tensor | None = None
+) -> Tensor:
+    """Return x [T, in] times weight [out, in] transposed, or `stream` [T, out] after adding it there."""
+    config = ops.few_rows_config(*weight.shape, x.shape[0], x.itemsize, x.device)
+    if config is not None and bias is None and x.stride(1) == weight.stride(1) == 1:
+        out = x.new_empty(x.shape[0], weight.shape[0]) if stream is None else stream
+        ops.linear_few(x, weight, out, add=stream is not None)
+        return out
+    return F.linear(x, weight, bias) if stream is None else stream.addmm_(x, weight.t())
 
 
 def _runs_stock(module: nn.Module, x: Tensor) -> bool:
@@ -184,11 +202,14 @@ def _layer_forward(self: Any, hidden_states: Tensor, *args: Any, **kwargs: Any) 
     down = self.mlp.down_proj.weight
     if state.family.sandwich:
         ops.rms_norm(stream, weights[2], normed, residual=x, branch_weight=weights[1], **norm)
-        branch = F.linear(_activated(state, normed), down)
+        branch = _product(ops, _activated(state, normed), down)
         ops.rms_norm(branch, None, None, residual=stream, branch_weight=weights[3], **norm)
         return branch.view(hidden_states.shape)
     ops.rms_norm(stream, weights[1], normed, residual=x, multiplier=state.multiplier, **norm)
-    stream.addmm_(_activated(state, normed), down.t(), alpha=state.multiplier)
+    if state.multiplier == 1:
+        _product(ops, _activated(state, normed), down, stream=stream)
+    else:
+        stream.addmm_(_activated(state, normed), down.t(), alpha=state.multiplier)
     return stream.view(hidden_states.shape)
 
 
@@ -240,6 +261,14 @@ def _attention_forward(
     return self.o_proj(out.reshape(shape.numel(), -1)).view(*shape, -1), weights
 
 
+def _linear_forward(self: Any, x: Tensor) -> Tensor:
+    """Run a linear layer that is not merged with others: an output projection, the output embedding."""
+    if _runs_stock(self, x):
+        return F.linear(x, self.weight, self.bias)
+    flat = x.reshape(-1, x.shape[-1])
+    return _product(self.__dict__[STATE].ops(x), flat, self.weight, self.bias).view(*x.shape[:-1], -1)
+
+
 def _norm_forward(self: Any, hidden_states: Tensor) -> Tensor:
     """Run the norm behind the last layer."""
     if _runs_stock(self, hidden_states):
@@ -280,6 +309,10 @@ def fuse(model: PreTrainedModel) -> FusedReport:
     for name, stack in model.named_modules():
         if _fuse_final_norm(stack):
             fused.append(f"{name}.norm")
+    head: Any = model.get_output_embeddings() if fused else None
+    if type(head) is nn.Linear and type(head.weight.data) is Tensor and "forward" not in head.__dict__:
+        head.__dict__[STATE] = SimpleNamespace(ops=_Ops())
+        head.forward = MethodType(_linear_forward, head)  # type: ignore[method-assign]
     if not fused and not left:
         left[""] = f"{type(model).__name__} is of no family with fused layers"
     return FusedReport(tuple(fused), left)
@@ -339,7 +372,10 @@ def _install(layer: Any, family: Family) -> None:
     state.gate_up.merge()
     if state.qkv.weight.device.type == "cuda":
         torch.cuda.empty_cache()  # the old weights' blocks fit nothing that comes: 9 GiB in an 8B model
-    for module, forward in ((layer, _layer_forward), (layer.self_attn, _attention_forward)):
+    attention = layer.self_attn
+    for module, forward in (
+        (layer, _layer_forward), (attention, _attention_forward), (attention.o_proj, _linear_forward),
+    ):  # fmt: skip
         module.__dict__[STATE] = state
         module.forward = MethodType(forward, module)
 

@@ -1,21 +1,21 @@
-"""The fused suite: rows of both subjects, a gate that can fail, and the candidate's products."""
+"""The fused suite: rows of both subjects, a gate that can fail, and the entries that follow from the products."""
 
 from dataclasses import replace
 
 import pytest
 import torch
 
-from bench import few_rows
 from bench import fused as suite
 from bench.__main__ import main
-from bench.few_rows import few_rows_linear
+from bench.few_rows import best_entries, entry, table_after
 from bench.fused import Fused, FusedFew, run_fused
 from bench.schema import Row, read_rows
 from bench.shapes import quick_config, random_model
 from bench.timing import Rates
-from tests.helpers.homes import DEVICE, poison
+from csrc_free_kernels import launch
+from rheo_offload.model import fused as module
+from tests.helpers.homes import DEVICE
 from tests.helpers.tiny_model import tiny_model
-from tests.helpers.tolerance import assert_close
 
 CONFIG = (16, 64, 4, 3)
 
@@ -42,58 +42,93 @@ def test_a_wrong_fused_step_gets_no_time(monkeypatch):
     assert stock.status == "ok" and ours.status == "wrong" and ours.p50 is None
 
 
-@pytest.mark.parametrize("rows", [1, 3, 16])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_few_rows(rows, dtype):
-    """Channels and width that fill no block; the rows are a view of a wider buffer."""
-    x, weight = torch.randn(rows, 208).to(dtype)[:, :200], torch.randn(40, 200).to(dtype)
-    out = poison(rows, 40, dtype=dtype, device=DEVICE)
-    few_rows_linear(x.to(DEVICE), weight.to(DEVICE), out, CONFIG)
-    truth = x.double() @ weight.double().T
-    assert_close(out, truth, x @ weight.T, dtype)
-    before = out.clone()
-    few_rows_linear(x.to(DEVICE), weight.to(DEVICE), out, CONFIG, add=True)
-    assert_close(out, truth + before.cpu(), before.cpu() + x @ weight.T, dtype)
+def test_the_op_takes_the_products_of_a_fused_step(monkeypatch):
+    """With entries every product of a step of two rows is the op's, without them none; the logits agree."""
+    done, kernels_for = [], module.kernels_for
 
+    def spied(*args):
+        ops = kernels_for(*args)
+        own = ops.linear_few
+        ops.linear_few = lambda *a, **kw: (done.append(a[1].shape), own(*a, **kw))
+        return ops
 
-def test_the_candidate_takes_the_products_of_a_fused_step(monkeypatch):
-    """Every product of a step of two rows goes through the candidate: none of torch's is left, the logits agree."""
+    monkeypatch.setattr(module, "kernels_for", spied)
     model = tiny_model("llama", device=DEVICE)
-    done = []
-    monkeypatch.setattr(
-        few_rows, "few_rows_linear", lambda *a, **kw: (done.append(a[1].shape), few_rows_linear(*a, **kw))
-    )
-    subject = FusedFew(model, {})
+    shapes = {tuple(p.shape) for p in model.parameters() if p.ndim == 2} | {(128, 64), (192, 64)}
+    entries = [entry(shape, CONFIG, 2, launch.arch_of(model.device), 4) for shape in shapes]
+    subject, before = FusedFew(model, entries), list(launch.entries())
     subject.start(torch.tensor([[5], [7]], device=DEVICE), fill="random", max_length=1)
     with torch.inference_mode():
-        own = subject.forward(subject.ids, subject.positions)
-        shapes = {tuple(p.shape) for p in model.parameters() if p.ndim == 2} | {(128, 64), (192, 64)}
-        subject.configs = dict.fromkeys(shapes, CONFIG)
         got = subject.forward(subject.ids, subject.positions)
+        assert len(done) == 2 * 4 + 1 and launch.entries() == before
+        subject.entries = ()
+        own = subject.forward(subject.ids, subject.positions)
     assert len(done) == 2 * 4 + 1
     assert torch.allclose(got, own, atol=1e-4)
 
 
-def test_best_configurations():
-    """Only where the candidate beats torch, and only of the rows that are right."""
-    base = Row(suite="fused", case_id="", metric="time", unit="ms")
-    rows = [
-        replace(base, case_id=f"m-1-qkv-few-{shape}", baseline=name, p50=ms, status=status)
-        for shape, name, ms, status in (
-            ("96x64", "torch", 3.0, "ok"),
-            ("96x64", "few-16x64x4x3", 2.0, "ok"),
-            ("96x64", "few-32x64x4x3", 1.5, "ok"),
-            ("96x64", "few-64x64x4x3", 1.0, "wrong"),
-            ("64x64", "torch", 1.0, "ok"),
-            ("64x64", "few-16x64x4x3", 2.0, "ok"),
+def product_rows(*times):
+    """Rows of products: shape, subject, rows, ms (None: it was wrong)."""
+    base = Row(suite="fused", case_id="", metric="time", unit="ms", dtype="bfloat16")
+    return [
+        replace(
+            base, case_id=f"m-m{rows}-qkv-{name}-{shape}", baseline=name, batch=rows, p50=ms,
+            status="ok" if ms else "wrong",
         )
+        for shape, name, rows, ms in times
+    ]  # fmt: skip
+
+
+ROWS = product_rows(
+    ("96x64", "torch", 1, 3.0),
+    ("96x64", "torch-add", 1, 3.1),
+    ("96x64", "few-16x64x4x3", 1, 1.0),  # the fastest, but only with one row
+    ("96x64", "few-32x64x4x3", 1, 2.0),
+    ("96x64", "few-32x64x4x4", 1, 1.9),
+    ("96x64", "few-64x64x4x3", 1, None),
+    ("96x64", "torch", 16, 3.0),
+    ("96x64", "few-16x64x4x3", 16, 3.0),
+    ("96x64", "few-32x64x4x3", 16, 2.5),
+    ("96x64", "few-32x64x4x4", 16, 2.5),
+    ("96x64", "few-64x64x4x3", 16, 1.0),
+    ("96x64", "torch", 64, 3.0),
+    ("64x64", "torch", 1, 1.0),
+    ("64x64", "few-16x64x4x3", 1, 0.999),  # no clear win
+    ("64x32", "torch", 1, 2.0),
+    ("64x32", "few-16x64x4x3", 1, 1.0),
+    ("64x32", "torch", 16, 2.0),
+    ("64x32", "few-16x64x4x3", 16, 2.0),
+)
+
+
+def test_best_entries():
+    """The candidate that clearly wins up to the most rows, then the fastest, of those that are right."""
+    assert best_entries(ROWS, torch.device("cpu")) == [
+        entry((96, 64), (32, 64, 4, 4), 16, 0, 2),
+        entry((64, 32), (16, 64, 4, 3), 1, 0, 2),
     ]
-    assert suite._best(rows) == {(96, 64): (32, 64, 4, 3)}
+    assert best_entries([], torch.device("cpu")) == []
 
 
-def test_more_rows_are_refused():
-    with pytest.raises(ValueError, match="17 rows"):
-        few_rows_linear(torch.zeros(17, 16), torch.zeros(16, 16), torch.zeros(17, 16), CONFIG)
+def test_the_table_forgets_what_no_longer_wins():
+    """Other weights, dtypes and ops keep their entries."""
+    lost = entry((64, 64), (16, 64, 4, 3), 16, 0, 2)
+    kept = [entry((8, 8), (16, 64, 4, 3), 16, 0, 2), entry((64, 64), (16, 64, 4, 3), 16, 0, 4)]
+    kept.append({"op": "attend", "arch": 0, "heads": 0, "features": {"dim": 8}, "use": {"num_warps": 1}})
+    before = list(launch.entries())
+    try:
+        launch.replace([lost, *kept])
+        assert table_after(ROWS, torch.device("cpu")) == kept + best_entries(ROWS, torch.device("cpu"))
+        assert table_after([], torch.device("cpu")) == [lost, *kept]
+    finally:
+        launch.replace(before)
+
+
+def test_tune_writes_a_table(tmp_path):
+    """On the CPU there are no products: the table stays as it is."""
+    args = ["fused", "--quick", "--tune", "--device", "cpu", "--out", str(tmp_path)]
+    assert main(args) == 0
+    assert (tmp_path / launch.TABLE.name).read_text() == launch.TABLE.read_text()
 
 
 @pytest.mark.gpu

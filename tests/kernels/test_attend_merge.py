@@ -28,7 +28,9 @@ CASES = {
 
 def build(case: str):
     heads, group, dim, size, width, before, here, seq_lens, dtype, cap, window, sink, absent = CASES[case]
-    q, k, v, ids, slots, lens = inputs(len(seq_lens), heads, group, dim, size, width, seq_lens, dtype, absent=absent)
+    q, k, v, ids, slots, lens = inputs(
+        len(seq_lens), heads, group, dim, size, width, seq_lens, dtype, absent=absent
+    )
     if absent == 1.0:
         slots.fill_(-1)
     parts = torch.full((before + here, *q.shape), torch.nan)
@@ -78,7 +80,10 @@ def test_parts_that_attend_wrote(fn, device):
     q, k, v, ids, slots, lens = inputs(2, 2, 4, 64, 16, 6, [90, 40], FP32, absent=0)
     kw = {"softmax_scale": 0.125, "soft_cap": None, "window": None}
     miss = (torch.rand(slots.shape) < 0.4) & (slots >= 0)
-    parts, lses = poison(5, *q.shape, dtype=FP32, device="cpu"), poison(5, *q.shape[:2], dtype=FP32, device="cpu")
+    parts, lses = (
+        poison(5, *q.shape, dtype=FP32, device="cpu"),
+        poison(5, *q.shape[:2], dtype=FP32, device="cpu"),
+    )
     attend(q, k, v, ids, slots.masked_fill(miss, -1), lens, parts[:3], lses[:3], **kw)
     args = (q, k, v, ids, slots.masked_fill(~miss, -1), lens, 3, parts, lses, None)
     whole = (q, k, v, ids, slots, lens, 0, parts.clone(), lses.clone(), None)

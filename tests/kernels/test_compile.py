@@ -151,7 +151,15 @@ class World:
 
     def attend_merge(self, **kw):
         ids = (self.selected, self.slots, self.rows, 5, self.parts, self.lse_parts, self.num_selected)
-        return (self.q, self.k_pool, self.v_pool, *ids, self.q[0, :, 0], self.q, self.lse_parts[0]), PLAIN | kw
+        return (
+            self.q,
+            self.k_pool,
+            self.v_pool,
+            *ids,
+            self.q[0, :, 0],
+            self.q,
+            self.lse_parts[0],
+        ), PLAIN | kw
 
     def rms_norm(self, H, ahead=""):
         x, weight = empty(4, H), empty(H)
@@ -166,6 +174,9 @@ class World:
 
     def gated_act(self, act):
         return (empty(4, 2 * 14336), empty(4, 14336)), {"act": act}
+
+    def linear_few(self, N, K, *, add=False, dtype=BF16):
+        return (empty(16, K, dtype=dtype), empty(N, K, dtype=dtype), empty(16, N, dtype=dtype)), {"add": add}
 
 
 # name: op, its arguments, architectures, whether 16-byte loads are claimed
@@ -224,6 +235,14 @@ CASES = {
     "rope-normed-d256": ("rope", lambda: World().rope(256, normed=True), (80, 90), True),
     "gated_act-silu": ("gated_act", lambda: World().gated_act("silu"), (80, 90), True),
     "gated_act-gelu": ("gated_act", lambda: World().gated_act("gelu_tanh"), (90,), True),
+    # the shapes of Llama-3.1-8B, launched as the table says on sm_90
+    "linear_few-qkv": ("linear_few", lambda: World().linear_few(6144, 4096), (80, 90), True),
+    "linear_few-o": ("linear_few", lambda: World().linear_few(4096, 4096), (90,), True),
+    "linear_few-gate_up": ("linear_few", lambda: World().linear_few(28672, 4096), (90,), True),
+    "linear_few-down": ("linear_few", lambda: World().linear_few(4096, 14336, add=True), (80, 90), True),
+    "linear_few-head": ("linear_few", lambda: World().linear_few(128256, 4096), (90,), True),
+    "linear_few-odd": ("linear_few", lambda: World().linear_few(80, 136, add=True), (80, 90), False),
+    "linear_few-fp32": ("linear_few", lambda: World().linear_few(4096, 4096, dtype=FP32), (89, 90), True),
     "decide-mean": ("decide", lambda: World(W=1).decide("mean"), (80, 90), True),
     "decide-mean-n256-g8": ("decide", lambda: World(W=1, N=256, G=8).decide("mean"), (90,), True),
     "decide-mean-n2048": ("decide", lambda: World(W=1, N=2048).decide("mean"), (80, 90), True),
@@ -341,8 +360,12 @@ def results(tmp_path_factory):
 
 
 # What the older compiler spills and the newer one does not: (local accesses in loops, bytes). Speed only, and not of
-# the usual path: fp32 attention has no tensor cores, and that loop of resolve runs on misses.
-SPILLS_OF_TRITON_3_6 = {("attend-fp32", 90): (778, 736), ("resolve", 80): (6, 8)}
+# the usual path: that loop of resolve runs on misses.
+SPILLS_OF_TRITON_3_6 = {("resolve", 80): (6, 8)}
+# decide runs once through a long straight line, of which the assembler keeps some bytes in local memory rather than
+# take more registers, never inside a loop. A row of a million tokens is 32 scores and 32 heats a thread.
+KNOWN_SPILLS = {(name, arch): (0, 64) for name, arch in JOBS if CASES[name][0] == "decide"}
+KNOWN_SPILLS |= {("decide-mean-n16384", 90): (0, 512)}
 
 
 @pytest.mark.slow
@@ -350,7 +373,7 @@ SPILLS_OF_TRITON_3_6 = {("attend-fp32", 90): (778, 736), ("resolve", 80): (6, 8)
 def test_compiles(results, name, arch):
     kernels = [r for r in results if (r["case"], r["arch"]) == (name, arch)]
     assert kernels
-    known = SPILLS_OF_TRITON_3_6 if version("triton").startswith("3.6.") else {}
+    known = KNOWN_SPILLS | (SPILLS_OF_TRITON_3_6 if version("triton").startswith("3.6.") else {})
     loop_spills, spill_bytes = known.get((name, arch), (0, 0))
     for kernel in kernels:
         assert "error" not in kernel, kernel["error"]

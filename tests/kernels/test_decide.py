@@ -5,6 +5,7 @@ import dataclasses
 import pytest
 import torch
 
+from csrc_free_kernels import launch
 from csrc_free_kernels.reference.decide import decide as reference
 from tests.helpers.homes import homes, poison
 from tests.helpers.pools import Pools, assert_same, make_pools
@@ -31,6 +32,8 @@ CASES = {
     "streaming": ("none", 2, 4, 64, 7, 6, (1, 4, 0, 0), [100, 0, 33, 80], "none", FP32),
     "full": ("none", 1, 4, 64, 30, 29, (0, 1, 0, 0), [200, 17], "none", FP32),
 }
+# A million tokens in blocks of 64 have as many blocks.
+LONG = ("given", 1, 1, 8, 70, 64, (1, 16, 24, 23), [16384 * C - 3], "sum", FP32)
 WIDTHS = {"mean": 1, "windows": 4, "minmax": 2}
 
 
@@ -48,13 +51,11 @@ class World:
 
     def given(self, scores: torch.Tensor) -> "World":
         """The same step with scores that the caller brings."""
-        return dataclasses.replace(
-            self, scores=scores, q=None, summary=None, kw=self.kw | {"score": "given"}
-        )
+        return dataclasses.replace(self, scores=scores, q=None, summary=None, kw=self.kw | {"score": "given"})
 
 
 def build(case: str, *, resident: float = 0.6, ties: bool = False, tail_resident: bool = True) -> World:
-    score, heads, group, dim, slots, width, shares, seq_lens, normalise, dtype = CASES[case]
+    score, heads, group, dim, slots, width, shares, seq_lens, normalise, dtype = CASES.get(case, LONG)
     pools = make_pools(
         heads, dim, C, seq_lens, slots=slots, dtype=dtype, resident=resident, tail_resident=tail_resident,
         step=STEP,
@@ -161,6 +162,24 @@ def test_matches_reference(fn, device, case, resident):
 @pytest.mark.parametrize(("fn", "device"), homes("decide"))
 def test_ties(fn, device, case):
     check(fn, device, build(case, ties=True))
+
+
+@pytest.mark.parametrize("use", [{"num_warps": 1, "programs": 2}, {"num_warps": 8, "programs": 9}])
+@pytest.mark.parametrize("case", ["mean-many", "windows-many", "minmax-many"])
+def test_launches_of_the_table(case, use):
+    """Few programs score several tiles each, few warps pool in several tiles: the same result."""
+    fn, device = homes("decide")[0].values
+    world = build(case)
+    pairs, blocks = world.pools.slot_base.numel(), world.pools.host_table.shape[1]
+    features = {"blocks": 1 << (blocks - 1).bit_length()}
+    with launch.candidate("decide", torch.device(device), pairs, features, use):
+        check(fn, device, world)
+
+
+@pytest.mark.parametrize("ties", [False, True])
+@pytest.mark.parametrize(("fn", "device"), homes("decide"))
+def test_long_row(fn, device, ties):
+    check(fn, device, build("long", resident=0.01, ties=ties))
 
 
 @pytest.mark.parametrize(("fn", "device"), homes("decide"))

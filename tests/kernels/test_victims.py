@@ -15,7 +15,17 @@ BASE, SINKS, TAIL, STEP = 3, 1, 11, 9
 
 
 @triton.jit
-def probe_kernel(block_in, last_used, args, mask_out, oldest_out, id_range, TILE: tl.constexpr):
+def probe_kernel(
+    block_in,
+    last_used,
+    args,
+    mask_out,
+    at_once_out,
+    oldest_out,
+    id_range,
+    TILE: tl.constexpr,
+    ALL: tl.constexpr,
+):
     base, count, step = tl.load(args), tl.load(args + 1), tl.load(args + 2)
     tail, sinks, num = tl.load(args + 3), tl.load(args + 4), tl.load(args + 5)
     limit = gpu.victim_threshold(block_in, last_used, base, count, step, tail, sinks, id_range, num, TILE)
@@ -23,6 +33,11 @@ def probe_kernel(block_in, last_used, args, mask_out, oldest_out, id_range, TILE
         b_key = gpu.victim_keys(block_in, last_used, base, count, step, tail, sinks, id_range, i_start, TILE)
         o_i = i_start + tl.arange(0, TILE)
         tl.store(mask_out + base + o_i, (b_key <= limit).to(tl.int32), mask=o_i < count)
+    b_key = gpu.victim_keys(block_in, last_used, base, count, step, tail, sinks, id_range, 0, ALL)
+    o_i = tl.arange(0, ALL)
+    if num > 0:
+        m_first = gpu.first_victims(b_key, num, ALL)
+        tl.store(at_once_out + base + o_i, m_first.to(tl.int32), mask=o_i < count)
     tl.store(oldest_out, gpu.oldest_slot(block_in, last_used, base, count, step, tail, sinks, id_range, TILE))
 
 
@@ -52,6 +67,11 @@ CASES = [
     pytest.param(37, "ties", 16, id="ties-over-tiles"),
     pytest.param(12, "stuck", 4, id="nobody-may-go"),
     pytest.param(0, "resident", 2, id="owns-nothing"),
+    *[
+        pytest.param(300, kind, num, id=f"{kind}-300-{num}")
+        for kind in ("free", "ties")
+        for num in (2, 50, 170)
+    ],
 ]
 
 
@@ -68,11 +88,13 @@ def test_same_victims(count, kind, num):
     assert out[:found].tolist() == truth.tolist()
     assert cpu.oldest_slot(block_in.numpy(), last_used.numpy(), *rule) == oldest
 
-    mask = torch.zeros(len(block_in), dtype=torch.int32, device=DEVICE)
+    mask, at_once = (torch.zeros(len(block_in), dtype=torch.int32, device=DEVICE) for _ in range(2))
     got = torch.zeros(1, dtype=torch.int64, device=DEVICE)
     args = torch.tensor([*rule, num], dtype=torch.int32, device=DEVICE)
     id_range = triton.next_power_of_2(max(len(block_in), TAIL + 1))
-    probe_kernel[(1,)](block_in.to(DEVICE), last_used.to(DEVICE), args, mask, got, id_range, TILE=16)
+    tables_in = (block_in.to(DEVICE), last_used.to(DEVICE))
+    probe_kernel[(1,)](*tables_in, args, mask, at_once, got, id_range, TILE=16, ALL=512)
+    assert at_once.nonzero().flatten().tolist() == truth.tolist()
     assert mask.nonzero().flatten().tolist() == truth.tolist()
     assert got.tolist() == [oldest]
 

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import nn
 
+from csrc_free_kernels import launch
 from rheo_offload import RheoConfig, UnsupportedModelError, offload, restore
 from rheo_offload.model import fused
 from rheo_offload.model.fused import STATE, fuse, unfuse
@@ -107,6 +108,127 @@ def test_unfuse_leaves_no_trace(family):
     unfuse(model)
     assert {name: set(m.__dict__) for name, m in model.named_modules()} == before
     assert torch.equal(logits(model), first)
+
+
+@pytest.fixture
+def few_rows(monkeypatch):
+    """Puts the weights of a model into the launch table; gives the (shape of the weight, added) of every call."""
+    calls, before = [], list(launch.entries())
+    kernels_for = fused.kernels_for
+
+    def spied(*args):
+        ops = kernels_for(*args)
+        own = ops.linear_few
+
+        def linear_few(x, weight, out, *, add):
+            calls.append((tuple(weight.shape), add))
+            own(x, weight, out, add=add)
+
+        ops.linear_few = linear_few
+        return ops
+
+    def tell(model, max_rows, names=("qkv", "o", "gate_up", "down", "head")):
+        layer = model.model.layers[0]
+        state = layer.__dict__[STATE]
+        weights = {
+            "qkv": state.qkv.weight, "o": layer.self_attn.o_proj.weight, "gate_up": state.gate_up.weight,
+            "down": layer.mlp.down_proj.weight, "head": model.lm_head.weight,
+        }  # fmt: skip
+        use = dict(block_n=16, block_k=64, num_warps=4, num_stages=2, max_rows=max_rows)
+        for (n, k), itemsize in {
+            (tuple(w.shape), w.itemsize) for name, w in weights.items() if name in names
+        }:
+            launch.put("linear_few", model.device, 0, {"n": n, "k": k, "itemsize": itemsize}, use)
+        return {name: tuple(w.shape) for name, w in weights.items()}
+
+    monkeypatch.setattr(fused, "kernels_for", spied)
+    yield tell, calls
+    launch.replace(before)
+
+
+FEW = ["llama", "llama-tied", "llama-biased", "qwen2", "phi3", "gemma3", "granite"]
+
+
+@pytest.mark.parametrize("name", FEW)
+def test_products_of_few_rows(name, few_rows):
+    """Decode steps of two rows: every product without a bias or a multiplier goes to the op; the tokens stay stock."""
+    tell, calls = few_rows
+    tied = {"tie_word_embeddings": True} if name == "llama-tied" else {}
+    model = named(name.removesuffix("-tied"), **tied)
+    expected = greedy(model)
+    offload(model, config(fused="on"))
+    assert torch.equal(greedy(model), expected) and not calls
+    shapes = tell(model, max_rows=2)
+    assert torch.equal(greedy(model), expected)
+    first = model.model.layers[0]
+    state = first.__dict__[STATE]
+    wanted = {(shapes["gate_up"], False), (shapes["head"], False)}
+    wanted |= {(shapes["qkv"], False)} if state.qkv.bias is None else set()
+    wanted |= {(shapes["o"], False)} if first.self_attn.o_proj.bias is None else set()
+    if state.multiplier == 1:
+        wanted.add((shapes["down"], not state.family.sandwich))
+    assert set(calls) == wanted
+    calls.clear()
+    restore(model)
+    assert torch.equal(greedy(model), expected) and not calls
+    assert not any(STATE in m.__dict__ or "forward" in m.__dict__ for m in model.modules())
+
+
+def test_products_that_the_table_does_not_name_are_torchs(few_rows):
+    """More rows than an entry's, weights without one, gradients, autocast: not the op. The logits stay stock."""
+    tell, calls = few_rows
+    model = tiny_model("llama", device=DEVICE)
+    ids = torch.tensor([[5, 6, 7], [8, 9, 10]], device=DEVICE)  # six rows
+    with torch.no_grad():
+        own = model(ids).logits
+        fuse(model)
+        shapes = tell(model, max_rows=5)
+        assert torch.allclose(model(ids).logits, own, atol=1e-4) and not calls
+        with torch.autocast(DEVICE, torch.bfloat16):
+            model(ids[:1])
+    model(ids[:1])
+    assert not calls
+    with torch.no_grad():
+        tell(model, max_rows=6, names=("down",))
+        assert torch.allclose(model(ids).logits, own, atol=1e-4)
+    assert calls == [(shapes["down"], True)] * len(model.model.layers)
+
+
+def test_the_op_takes_part_in_the_check_at_attach(few_rows, monkeypatch):
+    """A kernel that computes something else is found, like any other part of the fused forward."""
+    tell, _ = few_rows
+    model = tiny_model("llama", device=DEVICE)
+    fuse(model)
+    tell(model, max_rows=16)
+    unfuse(model)
+    monkeypatch.setattr(
+        "csrc_free_kernels.reference.linear_few.linear_few"
+        if DEVICE == "cpu"
+        else "csrc_free_kernels.gpu.linear_few.linear_few",
+        lambda x, weight, out, *, add: out.zero_(),
+    )
+    report = fuse(model)
+    assert not report.fused and "differs from its own" in report.left["model.layers.0"]
+    assert "forward" not in model.lm_head.__dict__
+
+
+def test_an_output_embedding_that_is_more_than_a_linear_is_left_alone():
+    model = tiny_model("llama", device=DEVICE)
+    model.lm_head = Wrapped(model.lm_head)
+    before = logits(model)
+    assert fuse(model).is_complete
+    assert STATE not in model.lm_head.__dict__ and STATE not in model.lm_head.base.__dict__
+    assert torch.allclose(logits(model), before, atol=1e-3)
+
+
+def test_hooks_on_linears_still_run():
+    """Where a forward was replaced on the module, what is registered on it later counts as before."""
+    model, seen = tiny_model("llama", device=DEVICE), []
+    fuse(model)
+    for module in (model.lm_head, model.model.layers[0].self_attn.o_proj):
+        module.register_forward_hook(lambda module, *args: seen.append(module))
+    logits(model)
+    assert seen == [model.model.layers[0].self_attn.o_proj, model.lm_head]
 
 
 def test_there_is_one_copy_of_the_weights(tmp_path):
