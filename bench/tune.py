@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from bench.kernels import REPLAYS, TIMED, Layer, Shape, Step, shape_of
+from bench.kernels import TIMED, Layer, Shape, Step, shape_of
 from bench.timing import Quantiles
 from csrc_free_kernels import launch
 
@@ -45,7 +45,6 @@ def tune(
             _tune_attend(shape_of(rows, min(blocks), quick), device, 2 if quick else 5)
             for num_blocks in blocks:
                 _tune_decide(shape_of(rows, num_blocks, quick), device, 2 if quick else 5)
-        _tune_overlap(shape_of(batches[0], blocks[0], quick), device, 2 if quick else REPLAYS)
         write_table(launch.entries(), path)
     finally:
         launch.replace(before)
@@ -130,23 +129,6 @@ def decide_features(s: Shape) -> dict[str, int]:
     return {"blocks": 1 << (s.blocks - 1).bit_length()}
 
 
-def _tune_overlap(s: Shape, device: torch.device, samples: int) -> None:
-    """Whether a kernel may start while the one before it drains; the results must be the same."""
-    if launch.arch_of(device) < 90:
-        return
-    step = Step(s, device)
-    results, outs = [], []
-    for on in (0, 1):
-        with launch.candidate("overlap", device, 0, {}, {"on": on}):
-            results.append((_median_us(step, step.layer, samples), {"on": on}))
-            outs.append(step.out.clone())
-    _report(f"layer b{s.rows} n{s.blocks}", results)
-    if torch.equal(*outs):
-        launch.put("overlap", device, 0, {}, min(results, key=lambda r: r[0])[1])
-    else:
-        print("overlap gives other results: left off")
-
-
 def attend_features(s: Shape) -> dict[str, int]:
     """What an entry of `attend` must match."""
     return {"dim": s.dim, "block_size": s.block_size, "itemsize": s.dtype.itemsize}
@@ -160,7 +142,9 @@ def _tune_decide(s: Shape, device: torch.device, samples: int) -> None:
         with launch.candidate("decide", device, pairs, features, use):
             results.append((_median_us(step, step.decide, samples), use))
     _report(f"decide b{s.rows} n{s.blocks}", results)
-    launch.put("decide", device, pairs, features, min(results, key=lambda r: r[0])[1])
+    best_us, use = min(results, key=lambda r: r[0])
+    if best_us < float("inf"):
+        launch.put("decide", device, pairs, features, use)
 
 
 def _median_us(step: Step, fn: Callable[[Layer], None], samples: int) -> float:

@@ -6,7 +6,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from csrc_free_kernels.gpu.overlap import begin, overlap
 from csrc_free_kernels.gpu.summarize_chunk import TILE_ROWS, fold_keys, start_summary, store_summary
 from csrc_free_kernels.gpu.victims import id_range_of, oldest_slot
 
@@ -102,9 +101,7 @@ def append_kernel(
     ROWS: tl.constexpr,
     SLOTS: tl.constexpr,
     KIND: tl.constexpr,
-    PDL: tl.constexpr,
 ):
-    begin(PDL)
     i_bh = tl.program_id(0)
     if i_bh == 0:
         tl.store(load_count, 0)
@@ -233,5 +230,4 @@ def append(
         SLOTS=TILE_SLOTS,
         KIND=summary_kind,
         num_warps=NUM_WARPS,
-        **overlap(k_new.device),
     )

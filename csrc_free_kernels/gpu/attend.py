@@ -6,7 +6,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from csrc_free_kernels.gpu.overlap import begin, overlap
 from csrc_free_kernels.launch import launch_of, shared_bytes
 
 NUM_WARPS = 4  # one row of 16-row MMA tiles: more warps would only split the keys of a tile further
@@ -121,9 +120,8 @@ def attend_kernel(
     stride_ot, stride_ob, stride_oh, stride_lt, stride_lb, stride_lh,
     H_KV: tl.constexpr, G: tl.constexpr, D: tl.constexpr, C: tl.constexpr, S: tl.constexpr, T: tl.constexpr,
     BLOCK_G: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_S: tl.constexpr,
-    HAS_CAP: tl.constexpr, HAS_WINDOW: tl.constexpr, UPCAST_DOT: tl.constexpr, PDL: tl.constexpr,
+    HAS_CAP: tl.constexpr, HAS_WINDOW: tl.constexpr, UPCAST_DOT: tl.constexpr,
 ):  # fmt: skip
-    begin(PDL)
     i_bh = tl.program_id(0).to(tl.int64)
     i_t = tl.program_id(1)
     i_b = i_bh // H_KV
@@ -177,7 +175,6 @@ def attend(
         *out.stride()[:3], *lse.stride(),
         **attend_sizes(q, k_pool, block_ids, num_splits),
         HAS_CAP=soft_cap is not None, HAS_WINDOW=window is not None,
-        **overlap(q.device),
     )  # fmt: skip
 
 

@@ -6,7 +6,6 @@ from torch import Tensor
 
 from csrc_free_kernels.gpu.attend import attend_sizes, attend_split, store_part
 from csrc_free_kernels.gpu.merge import merge_heads
-from csrc_free_kernels.gpu.overlap import begin, overlap
 from csrc_free_kernels.gpu.score_mean import arrive
 
 MERGE_ELEMENTS = 4096  # of the parts that a program merges at once: 32 registers a thread
@@ -23,9 +22,8 @@ def attend_merge_kernel(
     H_KV: tl.constexpr, G: tl.constexpr, D: tl.constexpr, C: tl.constexpr, S: tl.constexpr, T: tl.constexpr,
     BLOCK_G: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_S: tl.constexpr,
     ALL_S: tl.constexpr, G_P: tl.constexpr, BLOCK_T: tl.constexpr, HAS_CAP: tl.constexpr, HAS_WINDOW: tl.constexpr,
-    HAS_SINK: tl.constexpr, HAS_LSE: tl.constexpr, UPCAST_DOT: tl.constexpr, PDL: tl.constexpr,
+    HAS_SINK: tl.constexpr, HAS_LSE: tl.constexpr, UPCAST_DOT: tl.constexpr,
 ):  # fmt: skip
-    begin(PDL)
     i_bh = tl.program_id(0).to(tl.int64)
     i_t = tl.program_id(1)
     i_b = i_bh // H_KV
@@ -101,5 +99,5 @@ def attend_merge(
         **sizes, ALL_S=triton.next_power_of_2(block_ids.shape[2]), G_P=pooled,
         BLOCK_T=pooled * min(triton.next_power_of_2(num_parts), max(1, MERGE_ELEMENTS // (pooled * block_d))),
         HAS_CAP=soft_cap is not None, HAS_WINDOW=window is not None,
-        HAS_SINK=sinks is not None, HAS_LSE=lse is not None, **overlap(q.device),
+        HAS_SINK=sinks is not None, HAS_LSE=lse is not None,
     )  # fmt: skip

@@ -10,7 +10,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from csrc_free_kernels.gpu.overlap import begin, overlap
 from csrc_free_kernels.gpu.resolve import resolve_blocks, tile_of_slots
 from csrc_free_kernels.gpu.score_mean import arrive, pool_mean, pool_mean_at_once, unit_logits
 from csrc_free_kernels.gpu.score_minmax import bounds
@@ -66,9 +65,7 @@ def decide_kernel(
     QUERY: tl.constexpr, AGNOSTIC: tl.constexpr, G: tl.constexpr, G_P: tl.constexpr, G_POOL: tl.constexpr,
     D: tl.constexpr, D_P: tl.constexpr, W: tl.constexpr, TILE: tl.constexpr, POOL_TILE: tl.constexpr,
     S: tl.constexpr, S_P: tl.constexpr, N_P: tl.constexpr, SLOTS: tl.constexpr, UPCAST_DOT: tl.constexpr,
-    PDL: tl.constexpr,
 ):  # fmt: skip
-    begin(PDL)
     i_row = tl.program_id(0).to(tl.int64)
     i_b, i_h = (tl.program_id(0) // Hkv).to(tl.int64), (tl.program_id(0) % Hkv).to(tl.int64)
     seq_len, i_step = tl.load(seq_lens + i_b), tl.load(step)
@@ -190,7 +187,7 @@ def decide(
         SCORE=score, NORMALISE=normalise, SINK=sink_blocks, RECENT=recent_blocks, QUERY=query_blocks,
         AGNOSTIC=agnostic_blocks, G=group, G_P=max(16, pooled), G_POOL=pooled, D=dim, D_P=dim_p, W=units,
         S=width, S_P=triton.next_power_of_2(width), N_P=padded, SLOTS=tile_of_slots(block_in, rows * heads),
-        UPCAST_DOT=not seq_lens.is_cuda, **sizes, **overlap(seq_lens.device),
+        UPCAST_DOT=not seq_lens.is_cuda, **sizes,
     )  # fmt: skip
 
 

@@ -113,4 +113,5 @@ def rope(
         H_Q=num_q_heads, H_KV=k.shape[1], D=head_dim, HALF=half, OFFSET=offset,
         HAS_NORM=q_weight is not None, BLOCK_H=block_h, BLOCK_HALF=block_half,
         num_warps=NUM_WARPS,
+        enable_fp_fusion=False,  # else the compiler makes half-precision fused products, which round once less
     )  # fmt: skip

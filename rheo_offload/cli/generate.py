@@ -145,11 +145,10 @@ def generate_queue(model: Any, rows: list[list[int]], recorder: "Recorder", args
         Engine(model, max_rows=min(args.max_batch, len(rows)), max_context_tokens=longest) as engine,
         tqdm(total=tokens, unit="tok", desc="decode", file=sys.stderr, leave=False, disable=None) as bar,
     ):
-
         row_of: dict[str, int] = {}
 
         def add(request: Request, token: int) -> None:
-            recorder.new_tokens[row_of[request.id]].append(token)
+            recorder.add(row_of[request.id], token)
             bar.update()
 
         for i, ids in enumerate(rows):
@@ -179,10 +178,14 @@ class Recorder(BaseStreamer):  # type: ignore[misc]
         if not self._prompt_seen:
             self._prompt_seen = True
             return
-        for row, token in zip(self.new_tokens, value.reshape(-1).tolist(), strict=True):
-            row.append(token)
+        for row, token in enumerate(value.reshape(-1).tolist()):
+            self.add(row, token)
+
+    def add(self, row: int, token: int) -> None:
+        """Take one token of one row."""
+        self.new_tokens[row].append(token)
         if self._text is not None:
-            self._text.put(value)
+            self._text.put(torch.tensor([token]))
 
     def end(self) -> None:
         """Do nothing: `close` also runs after an interruption."""

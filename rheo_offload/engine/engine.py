@@ -12,6 +12,7 @@ Nothing is captured again when requests join, leave or grow: rows, lengths and p
 """
 
 import logging
+import traceback
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from itertools import count
@@ -21,7 +22,7 @@ import torch
 
 from rheo_offload.engine.request import Request, State
 from rheo_offload.engine.scheduler import Scheduler
-from rheo_offload.errors import EngineError, NonFiniteError, RheoError
+from rheo_offload.errors import EngineError, HostMemoryError, NonFiniteError, RequestError
 from rheo_offload.execution.graph import buckets_for
 from rheo_offload.execution.sampler import Sampler, SamplingParams
 from rheo_offload.model.prefill import prefill_piece
@@ -98,6 +99,7 @@ class Engine:
         )
         self.cache.clock.start(0, 0)
         self._in_flight: deque[tuple[int, list[tuple[int, Request]]]] = deque()
+        self._interrupted: BaseException | None = None
         self._steps_with_fewer = 0
         self.steps = 0
 
@@ -120,7 +122,8 @@ class Engine:
             on_token: called with (request, token) for every new token, in order, from within `step`.
 
         Raises:
-            RequestError: it can never run (too long, an empty prompt, an id in use).
+            RequestError: it can never run (too long, an empty prompt, a token the model does not have, an id in use).
+            EngineError: more stop tokens than a step compares with.
         """
         request = Request(
             id=str(next(self._ids)) if request_id is None else request_id,
@@ -133,9 +136,13 @@ class Engine:
             raise EngineError(
                 f"request {request.id!r} has {len(request.stop_ids)} stop tokens; at most {MAX_STOP_IDS}"
             )
+        tokens, vocabulary = request.prompt_ids, self.model.get_input_embeddings().weight.shape[0]
+        unknown = tokens[(tokens < 0) | (tokens >= vocabulary)].tolist()
+        if unknown:  # on a GPU it would take everybody's requests with it
+            raise RequestError(
+                f"request {request.id!r} has token {unknown[0]}; the model has {vocabulary} tokens"
+            )
         self.scheduler.submit(request)
-        self.cache.clock.prompt_tokens += request.prompt_tokens
-        self.cache.clock.rows += 1
         return request
 
     def cancel(self, request_id: str) -> bool:
@@ -171,11 +178,11 @@ class Engine:
         try:
             for prompt in prompts:
                 requests.append(self.submit(prompt, params))
-        except RheoError:
+            self.run()
+        except BaseException:  # nobody waits for the answers any more
             for request in requests:
                 self.cancel(request.id)
             raise
-        self.run()
         failed = [r for r in requests if r.error is not None]
         if failed:
             raise EngineError(f"request {failed[0].id!r} failed: {failed[0].error}") from failed[0].error
@@ -187,18 +194,26 @@ class Engine:
         """Run one iteration; returns whether anything is left to do.
 
         Raises:
-            EngineError: the step failed. Every request that had a row has failed with it (the message has their ids);
-                waiting ones are kept, and the engine can go on.
+            EngineError: the step failed, or the one before was interrupted. Every request that had a row has failed
+                with it (the message has their ids); waiting ones are kept, and the engine can go on.
         """
+        if self._interrupted is not None:
+            self._recover(self._interrupted)
         try:
             self._iterate()
         except Exception as error:
             self._recover(error)
+        except BaseException as interrupt:  # Ctrl-C: nobody knows how far the step came
+            self._interrupted = interrupt
+            raise
         return not self.is_idle
 
     def _iterate(self) -> None:
-        for request in self.scheduler.admit():
+        admitted = self.scheduler.admit()
+        for request in admitted:
             self._admit(request)
+        if self.scheduler.waiting and not (admitted or self.scheduler.active):
+            self._fail_first_waiting()
         piece = self.scheduler.next_chunk(self.model.rheo.config.prefill.chunk_tokens)
         if piece is not None:
             self._prefill(*piece)
@@ -217,11 +232,26 @@ class Engine:
         assert row is not None
         tokens = [len(pages) * kv.block_size for pages in kv.pages]
         tokens[row] = request.total_tokens
-        kv.reserve(tokens)
+        try:
+            kv.reserve(tokens)
+        except HostMemoryError as error:  # pages in the address range, but no memory behind them
+            self._end(request, error=error)
+            return
+        self.cache.clock.prompt_tokens += request.prompt_tokens
+        self.cache.clock.rows += 1
         if row >= kv.sharing_rows:
             self._share(self._rows_in_use())
         if request.state is State.RUNNING:  # a prompt of one token
             self._start(request)
+
+    def _fail_first_waiting(self) -> None:
+        """Fail a request that does not fit although nothing runs: waiting longer would change nothing."""
+        request = self.scheduler.waiting[0]
+        why = (
+            f"request {request.id!r} needs {self.scheduler.pages_of(request)} host pages and does not get them though "
+            "no other request runs: other caches of this model hold them; close those or raise cache.host_memory"
+        )
+        self.scheduler.fail(request, HostMemoryError(why))
 
     def _prefill(self, request: Request, start: int, end: int) -> None:
         row = request.row
@@ -310,7 +340,7 @@ class Engine:
 
     # ---- when something breaks ---------------------------------------------------------------------------------------
 
-    def _recover(self, error: Exception) -> None:
+    def _recover(self, error: BaseException) -> None:
         """Fail what was running, start over with an empty cache, and raise what happened."""
         failed = list(self.scheduler.active)
         waiting = list(self.scheduler.waiting)
@@ -321,6 +351,7 @@ class Engine:
         message = f"a step failed ({first}); requests that ran: {names}"
         self.stepper.close()
         self.cache.close()
+        _clear_frames(error)
         try:
             self._open()
         except Exception as fatal:
@@ -357,13 +388,21 @@ def stream(engine: Engine, request: Request) -> Iterator[int]:
     """
     given = 0
     while True:
-        yield from request.output_ids[given:]
-        given = len(request.output_ids)
-        if request.is_done and given == len(request.output_ids):
+        while given < len(request.output_ids):  # it may grow at every yield: others step the engine too
+            given += 1
+            yield request.output_ids[given - 1]
+        if request.is_done:
             break
         engine.step()
     if request.error is not None:
         raise EngineError(f"request {request.id!r} failed: {request.error}") from request.error
+
+
+def _clear_frames(error: BaseException | None) -> None:
+    """Empty the frames that an error keeps alive: they hold pools whose memory is needed anew."""
+    while error is not None:
+        traceback.clear_frames(error.__traceback__)
+        error = error.__cause__ or error.__context__
 
 
 def _end_tokens(model: Any) -> tuple[int, ...]:

@@ -3,7 +3,7 @@
 `forward` is called once per layer and model forward; the first layer's call begins the step.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
 from typing import Any
@@ -169,6 +169,15 @@ class Executor:
             self._open = before
             raise
 
+    @contextmanager
+    def broken_if_it_fails(self) -> Iterator[None]:
+        """Refuse further use of the cache when a step stops half-way: the device's clock may be ahead of the host's."""
+        try:
+            yield
+        except BaseException:
+            self._failed = True
+            raise
+
     def make_room(self, tokens: int) -> None:
         """Grow the tables when a row outgrows them (doubling, so that it happens rarely)."""
         needed = self.cache.blocks_of(tokens)
@@ -189,6 +198,11 @@ class Executor:
 
     def _is_dense(self, layer: FullLayer) -> bool:
         return layer.spec.layer_idx in self._dense or self.selector.name == "full"
+
+    @property
+    def version(self) -> Hashable:
+        """What a captured step would not survive: memory that moved, a dense layer that began or ceased to fit its pool."""
+        return self.cache.version, tuple(i for i, layer in self.cache.full.items() if self.is_streamed(layer))
 
     def is_streamed(self, layer: FullLayer) -> bool:
         """Whether the layer attends to more blocks than its pool holds."""
@@ -232,6 +246,7 @@ class Executor:
             layer.spec.num_kv_heads,
             layer.spec.num_q_heads,
             layer.spec.head_dim,
+            layer.max_blocks,
             layer.summary_width,
             budget,
         )
@@ -258,7 +273,7 @@ class Executor:
         """Return the scratch for dense attention in rounds that all layers of this geometry share."""
         spec = layer.spec
         staging = self.staging(layer, layer.rows)
-        key = (*staging.shape, spec.num_q_heads, spec.head_dim)
+        key = (*staging.shape, spec.num_q_heads, spec.head_dim, layer.max_blocks)
         if key not in self._rounds:
             self._rounds[key] = RoundsWorkspace(
                 staging, num_q_heads=spec.num_q_heads, head_dim=spec.head_dim, max_blocks=layer.max_blocks

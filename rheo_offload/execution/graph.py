@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from rheo_offload.device import is_cuda
+from rheo_offload.device import current_stream, is_cuda, on_stream
 from rheo_offload.errors import GraphError
 
 logger = logging.getLogger("rheo_offload")
@@ -136,7 +136,11 @@ class GraphRunner:
         try:
             torch.cuda.synchronize(self.device)
             # thread_local: another thread may go on registering host memory meanwhile
-            with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
+            # on_stream: a capture that breaks leaves its own stream behind as the current one
+            with (
+                on_stream(current_stream(self.device)),
+                torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"),
+            ):
                 step(bucket, variant)
         except torch.OutOfMemoryError:
             state.reason = "no device memory left to capture it; lower cache.device_memory or the batch"

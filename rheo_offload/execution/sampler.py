@@ -91,7 +91,7 @@ class Sampler:
         Raises:
             ValueError: no rows, or a vocabulary that the kernels do not take.
         """
-        most, words = (of_kernels("reference.sample_greedy", n) for n in ("MAX_VOCABULARY", "SCRATCH_WORDS"))
+        most, words = largest_vocabulary(), of_kernels("reference.sample_greedy", "SCRATCH_WORDS")
         if rows < 1 or not 1 <= vocab_size <= most:
             raise ValueError(
                 f"a sampler has at least one row and 1 to {most} logits a row, not {rows} of {vocab_size}"
@@ -160,6 +160,11 @@ class Sampler:
             rules = (self.temperature[:b], self.top_k[:b], self.top_p[:b], self.seed[:b])
             self._ops.sample(logits, positions, *rules, scratch, tokens, bad)
         return tokens
+
+
+def largest_vocabulary() -> int:
+    """Return how many logits a row can have at most."""
+    return int(of_kernels("reference.sample_greedy", "MAX_VOCABULARY"))
 
 
 def _is_number(value: object) -> bool:

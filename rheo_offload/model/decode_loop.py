@@ -22,7 +22,7 @@ from transformers.generation import (
 
 from rheo_offload.device import is_cuda
 from rheo_offload.errors import NonFiniteError
-from rheo_offload.execution.sampler import Sampler, SamplingParams
+from rheo_offload.execution.sampler import Sampler, SamplingParams, largest_vocabulary
 from rheo_offload.metrics.clock import RunClock
 from rheo_offload.model.hf_cache import RheoCache
 from rheo_offload.model.stepper import MAX_STOP_IDS, Stepper, StepTokens
@@ -79,11 +79,17 @@ class DecodeLoop:
     def _why_not(self, model: Any, processors: Any, criteria: Any, config: Any) -> str | None:
         """Why transformers' loop must run: a reason worth a log line, or an empty one; None when ours can."""
         known = (self.own_logits, TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper)
-        odd = [type(p).__name__ for p in processors if not isinstance(p, known)]
+        # by type: a subclass may do something else
+        odd = [type(p).__name__ for p in processors if type(p) not in known]
         stops = (self.own_criteria, MaxLengthCriteria, EosTokenCriteria, MaxTimeCriteria)
-        odd += [type(c).__name__ for c in criteria if not isinstance(c, stops)]
+        odd += [type(c).__name__ for c in criteria if type(c) not in stops]
         if odd:
             return f"it has no {', '.join(odd)}"
+        order = [known.index(type(p)) for p in processors if type(p) is not self.own_logits]
+        if config.do_sample and order != sorted(set(order)):
+            return "it applies temperature, top-k and top-p once each, in this order"
+        if not has_sampler(model):
+            return f"it takes {largest_vocabulary()} logits a row at most"
         asked = [name for name in KEPT_ASIDE if getattr(config, name, None)]
         if asked:
             return f"it keeps no {', '.join(asked)}"
@@ -114,7 +120,8 @@ class DecodeLoop:
         return stepper
 
     def _run(self, stepper: Stepper, input_ids: torch.Tensor, criteria: Any) -> torch.Tensor:
-        limit = criteria.max_length - input_ids.shape[1] if criteria.max_length is not None else None
+        lengths = [c.max_length for c in criteria if isinstance(c, MaxLengthCriteria)]
+        limit = max(1, min(lengths) - input_ids.shape[1]) if lengths else None
         timers = [c for c in criteria if isinstance(c, MaxTimeCriteria)]
         in_flight: deque[int] = deque()
         columns: list[torch.Tensor] = []
@@ -148,6 +155,11 @@ class DecodeLoop:
         if self.streamer is not None:
             self.streamer.put(torch.from_numpy(got.tokens))
         return got
+
+
+def has_sampler(model: Any) -> bool:
+    """Whether the sampler takes a vocabulary as large as this model's."""
+    return bool(model.get_output_embeddings().weight.shape[0] <= largest_vocabulary())
 
 
 def stepper_of(model: Any, cache: RheoCache) -> Stepper:

@@ -14,7 +14,7 @@ from transformers import LogitsProcessor, LogitsProcessorList, StoppingCriteria,
 
 from rheo_offload.errors import CacheError, NonFiniteError, RheoError
 from rheo_offload.metrics.clock import RunClock
-from rheo_offload.model.decode_loop import DecodeLoop, stepper_of
+from rheo_offload.model.decode_loop import DecodeLoop, has_sampler, stepper_of
 from rheo_offload.model.prefill import prefill_rows
 
 logger = logging.getLogger("rheo_offload")
@@ -150,11 +150,16 @@ def _feed_tail(model: Any, cache: Any, ids: torch.Tensor) -> None:
     """Feed prompt tokens [B, n] one by one through the decode path; what the steps choose is not used."""
     if ids.shape[1] == 0:
         return
-    stepper = stepper_of(model, cache)
-    with model._optimize_model_for_decode():
+    stepper = stepper_of(model, cache) if has_sampler(model) else None
+    with torch.no_grad(), model._optimize_model_for_decode():
         for i in range(ids.shape[1]):
-            stepper.ids.copy_(ids[:, i : i + 1])
-            stepper.launch()
+            token = ids[:, i : i + 1]
+            if stepper is not None:
+                stepper.ids.copy_(token)
+                stepper.launch()
+            else:
+                positions = torch.tensor(cache.executor.cache.lengths, device=ids.device)[:, None]
+                model(token, position_ids=positions, past_key_values=cache, logits_to_keep=1)
 
 
 def _run_stock(

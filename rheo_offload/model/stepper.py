@@ -17,7 +17,7 @@ import numpy as np
 import torch
 
 from rheo_offload.device import Event, empty_pinned, event
-from rheo_offload.errors import GraphError
+from rheo_offload.errors import CacheError, GraphError
 from rheo_offload.execution.graph import GraphRunner, buckets_for
 from rheo_offload.execution.sampler import Sampler, SamplingParams
 from rheo_offload.model.hf_cache import RheoCache
@@ -102,6 +102,7 @@ class Stepper:
         Raises:
             HostMemoryError: no page for a new token; nothing was queued.
             GraphError: the model changed since the stepper was made.
+            CacheError: an earlier step or forward stopped half-way.
         """
         if self._fingerprint() != self._model_state:
             raise GraphError(
@@ -109,12 +110,15 @@ class Stepper:
                 "restore() and offload() it again"
             )
         ex = self.cache.executor
+        if not ex.between_forwards:
+            raise CacheError("an earlier step stopped half-way and the clocks disagree; start a new cache")
         ex.begin_decode_on_host(rows)
         top = ex.cache.rows if rows is None else max(rows) + 1
-        self.runner.run(self._step, top, self._variant(top), version=ex.cache.version, eager=ex.audit_now)
-        ex.cache.after_decode(rows)
-        if rows is None:
-            self.cache.hf_length += 1
+        with ex.broken_if_it_fails():
+            self.runner.run(self._step, top, self._variant(top), version=ex.version, eager=ex.audit_now)
+            ex.cache.after_decode(rows)
+            if rows is None:
+                self.cache.hf_length += 1
         number, place = self.launched, self.launched % STEPS_IN_FLIGHT
         self.launched += 1
         self._arrived[place].copy_(self.report, non_blocking=True)

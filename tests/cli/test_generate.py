@@ -82,6 +82,11 @@ def test_a_queue_of_prompts_equals_one_batch(model_dir: Path, tmp_path: Path, ca
     assert "--repetition-penalty does not work together with --max-batch" in capsys.readouterr().err
 
 
+def test_a_queue_of_one_prompt_prints_its_text(model_dir: Path, capsys):
+    assert rheo("--model", model_dir, "--prompt", PROMPT, "--max-new-tokens", 12, "--max-batch", 4) == 0
+    assert capsys.readouterr().out == stock_text(model_dir, PROMPT, 12) + "\n"
+
+
 def test_a_prompt_from_stdin_and_a_small_budget(model_dir: Path, capsys, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr("sys.stdin", io.StringIO(PROMPT))
     small = [

@@ -25,6 +25,7 @@ class Step:
     def __init__(self):
         self.ran, self.launched, self.fail = [], [], None
         self.capturing = None
+        self.stream = "main"
 
     def __call__(self, rows, variant):
         if self.fail is not None and self.capturing is not None:
@@ -42,13 +43,25 @@ def step(monkeypatch):
 
     @contextmanager
     def capture(graph, **kwargs):
+        before, step.stream = step.stream, "capture"
         step.capturing = graph
         try:
             yield
         finally:
             step.capturing = None
+        step.stream = before  # not when it broke: neither does torch
+
+    @contextmanager
+    def on_stream(stream):
+        before, step.stream = step.stream, stream
+        try:
+            yield
+        finally:
+            step.stream = before
 
     monkeypatch.setattr(graph_module, "is_cuda", lambda device: True)
+    monkeypatch.setattr(graph_module, "current_stream", lambda device: step.stream)
+    monkeypatch.setattr(graph_module, "on_stream", on_stream)
     monkeypatch.setattr(torch.cuda, "CUDAGraph", FakeGraph)
     monkeypatch.setattr(torch.cuda, "graph", capture)
     monkeypatch.setattr(torch.cuda, "synchronize", lambda device=None: None)
@@ -131,6 +144,14 @@ def test_what_cannot_be_captured_runs_eagerly_with_the_reason(step):
     assert (
         graphs.why_eager(1) == "the step cannot be captured: operation not permitted when stream is capturing"
     )
+
+
+def test_a_capture_that_breaks_leaves_no_stream_behind(step):
+    graphs = runner()
+    step.fail = RuntimeError("operation not permitted when stream is capturing")
+    for _ in range(4):
+        graphs.run(step, 1, version=1)
+    assert graphs.why_eager(1) and step.stream == "main"
 
 
 def test_a_step_may_be_eager_on_purpose(step):

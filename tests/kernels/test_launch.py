@@ -60,7 +60,6 @@ def test_the_packaged_table_is_well_formed():
         "attend_splits": (set(), {"programs"}),
         "decide": ({"blocks"}, {"num_warps", "programs"}),
         "linear_few": ({"itemsize", "k", "n"}, {"max_rows", "block_n", "block_k", "num_warps", "num_stages"}),
-        "overlap": (set(), {"on"}),
     }
     table = json.loads(launch.TABLE.read_text())
     calls = [(e["op"], e["arch"], e["heads"], tuple(sorted(e["features"].items()))) for e in table]

@@ -2,11 +2,14 @@
 
 import pytest
 import torch
+from transformers import GenerationConfig, LogitsProcessor, StoppingCriteria, TemperatureLogitsWarper
+from transformers.generation import MaxLengthCriteria, MaxTimeCriteria, TopKLogitsWarper, TopPLogitsWarper
 
-from rheo_offload import offload
+from rheo_offload import CacheError, offload
 from rheo_offload.errors import GraphError
 from rheo_offload.execution.sampler import Sampler, SamplingParams
-from rheo_offload.model.decode_loop import stepper_of
+from rheo_offload.metrics.clock import RunClock
+from rheo_offload.model.decode_loop import DecodeLoop, stepper_of
 from rheo_offload.model.stepper import STEPS_IN_FLIGHT, Stepper
 from tests.helpers.homes import DEVICE
 from tests.helpers.tiny_model import FAMILIES, tiny_model
@@ -173,3 +176,63 @@ def test_sampling_is_the_same_in_any_row():
         drawn.append(run(stepper, 12)[:, row])
     assert torch.equal(drawn[0], drawn[2])
     assert torch.equal(drawn[0], drawn[1]) and len(set(drawn[0].tolist())) > 3
+
+
+@pytest.mark.parametrize("where", ["model.layers.0.mlp", "lm_head"])
+def test_a_cache_whose_step_stopped_half_way_is_not_gone_on_with(where):
+    """Ctrl-C in the fourth step, then a turn of one token: the device has counted a token that the host has not."""
+    model = offload(tiny_model("llama", device=DEVICE), sparse_config(execution={"graph": "off"}))
+    model.rheo.config = sparse_config()  # our loop, but every step launched by the host on a GPU too
+    ids, cache, calls = prompt(60), model.rheo.new_cache(max_length=200), []
+    expected = greedy(model, ids)
+
+    def interrupt(*args):
+        calls.append(1)
+        if len(calls) == 4 + (where != "lm_head") * 2:  # two chunks of the prompt run through a layer as well
+            raise KeyboardInterrupt
+
+    with model.get_submodule(where).register_forward_hook(interrupt), pytest.raises(KeyboardInterrupt):
+        greedy(model, ids, past_key_values=cache)
+    with pytest.raises(CacheError, match="half-way"):
+        greedy(model, expected[:, : cache.hf_length + 1], past_key_values=cache)
+
+
+class OnlySeven(TemperatureLogitsWarper):
+    def __call__(self, input_ids, scores):
+        return torch.full_like(scores, -torch.inf).index_fill(1, torch.tensor([7], device=scores.device), 0.0)
+
+
+class AfterTwo(MaxTimeCriteria):
+    def __call__(self, input_ids, scores, **kwargs):
+        return torch.full((len(input_ids),), input_ids.shape[1] >= 62, device=input_ids.device)
+
+
+def test_a_subclass_of_a_known_processor_or_criterion_is_heard():
+    model = offload(tiny_model("llama", device=DEVICE), sparse_config())
+    ids = prompt(60)
+    made = greedy(model, ids, logits_processor=[OnlySeven(2.0)], stopping_criteria=[AfterTwo(1e9)])
+    assert made[0, 60:].tolist() == [7, 7]
+
+
+def test_the_shortest_of_several_lengths_counts():
+    model = offload(tiny_model("llama", device=DEVICE), sparse_config())
+    limits = [MaxLengthCriteria(70), MaxLengthCriteria(65)]
+    assert greedy(model, prompt(60), stopping_criteria=limits).shape[1] == 65
+
+
+def test_processors_in_an_unusual_order_run_in_transformers_loop():
+    model = offload(tiny_model("llama", device=DEVICE), sparse_config())
+    loop = DecodeLoop(model.rheo.new_cache(), RunClock(), LogitsProcessor, StoppingCriteria)
+    how = GenerationConfig(do_sample=True)
+    usual = [TemperatureLogitsWarper(0.5), TopKLogitsWarper(5), TopPLogitsWarper(0.9)]
+    assert not loop._why_not(model, usual, [], how)
+    for odd in (usual[::-1], [usual[0], usual[2], usual[2]]):
+        assert "in this order" in loop._why_not(model, odd, [], how)
+
+
+def test_a_vocabulary_beyond_the_sampler_runs_in_transformers_loop(monkeypatch):
+    model = offload(tiny_model("llama", device=DEVICE), sparse_config(**TIGHT))
+    expected = greedy(model, prompt(150), decode_tail_tokens=9)
+    monkeypatch.setattr("csrc_free_kernels.reference.sample_greedy.MAX_VOCABULARY", 96)
+    assert torch.equal(greedy(model, prompt(150), decode_tail_tokens=9), expected)
+    assert model.rheo._last.stepper is None
