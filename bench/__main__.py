@@ -83,7 +83,7 @@ def _parser() -> argparse.ArgumentParser:
     common = argparse.ArgumentParser(add_help=False)
     common.add_argument("--out", type=Path, help="results folder (default: bench/results/<date>-<suite>)")
     common.add_argument("--device", choices=("auto", "cuda", "cpu"), default="auto")
-    common.add_argument("--commit", help="commit to record where the checkout has no git history")
+    common.add_argument("--commit", help="commit to record instead of the checkout's own")
     common.add_argument(
         "--quick", action="store_true", help="a small case that a CPU finishes in under a minute"
     )

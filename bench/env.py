@@ -21,9 +21,11 @@ def environment(device: torch.device, argv: Sequence[str], commit: str | None = 
     Args:
         device: where the model runs.
         argv: arguments after `python -m bench`.
-        commit: what to record where the checkout has no git history; then `dirty` is `unknown`.
+        commit: what to record instead of the checkout's own history, which a copy lacks or lags behind; then `dirty` is
+            `unknown`.
     """
-    found, dirty = _git("rev-parse", "HEAD"), _git("status", "--porcelain", "--untracked-files=no")
+    found = commit or _git("rev-parse", "HEAD")
+    dirty = None if commit else _git("status", "--porcelain", "--untracked-files=no")
     return Environment(
         device=torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
         cpu=_cpu_name(),
@@ -31,7 +33,7 @@ def environment(device: torch.device, argv: Sequence[str], commit: str | None = 
         triton=_version("triton"),
         numba=_version("numba"),
         transformers=_version("transformers"),
-        commit=found or commit or "unknown",
+        commit=found or "unknown",
         dirty="unknown" if dirty is None else str(bool(dirty)).lower(),
         started_at=datetime.now(UTC).isoformat(timespec="seconds"),
         command=shlex.join(["python", "-m", "bench", *argv]),

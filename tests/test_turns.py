@@ -166,3 +166,29 @@ def test_no_new_tokens_for_several_sequences(llama):
         ids, attention_mask=torch.ones_like(ids), max_new_tokens=0, num_return_sequences=3, do_sample=True
     )
     assert torch.equal(out, ids.repeat(3, 1))
+
+
+def test_no_page_is_held_whose_summary_has_no_place(llama, monkeypatch):
+    """Another cache holds the low pages; the device has no memory for the summaries of the high ones."""
+    offload(llama, sparse_config())
+    small = llama.rheo.new_cache(max_length=64)
+    llama.rheo.prefill(small, prompt(20))
+    large = llama.rheo.new_cache(max_length=400)
+    llama.rheo.prefill(large, prompt(300))
+    kv = small.executor.cache
+    kv.release_row(0)
+    filler = kv.store.allocate(4)
+    in_use, version = kv.store.pages_in_use, kv.version
+
+    def full(max_pages):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    with monkeypatch.context() as short:
+        short.setattr(kv.full[1], "cover_pages", full)
+        with pytest.raises(torch.OutOfMemoryError):
+            kv.reserve([60])
+    assert kv.pages[0] == [] and kv.store.pages_in_use == in_use
+    assert kv.version > version, "the summaries of the first layer have moved all the same"
+    kv.reserve([60])
+    assert all(layer.summary.shape[0] > max(kv.pages[0]) for layer in kv.full.values())
+    kv.store.release(filler)

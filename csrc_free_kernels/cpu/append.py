@@ -7,7 +7,17 @@ import numpy as np
 from torch import Tensor
 
 from csrc_free_kernels.cpu.bits import FASTMATH, as_numpy, code_of
-from csrc_free_kernels.cpu.summarize_chunk import KINDS, MEAN, NONE, fold_key, store_summary
+from csrc_free_kernels.cpu.summarize_chunk import (
+    CUBOID,
+    KINDS,
+    MEAN,
+    NONE,
+    finish_cuboid,
+    fold_key,
+    fold_radius,
+    start_radius,
+    store_summary,
+)
 from csrc_free_kernels.cpu.victims import oldest_slot
 
 NO_SUMMARY = np.zeros((0, 0, 0, 0), np.float32)  # what an absent tensor is passed as
@@ -24,11 +34,16 @@ def copy_rows(src, dst, begin, end):
 @nb.njit(cache=True, fastmath=FASTMATH)
 def summarize_tail(keys, summary, offset, code, summary_code, kind):
     """Write what the token at `offset` completes: keys [C, D] of one block -> summary [W, D]."""
-    unit = keys.shape[0] // (summary.shape[0] if kind == MEAN else 1)
+    unit = keys.shape[0] * (1 if kind == MEAN else 2) // summary.shape[0]
     if (offset + 1) % unit == 0:
         high, low = np.empty(keys.shape[1], np.float32), np.empty(keys.shape[1], np.float32)
         for t in range(unit):
             fold_key(keys[offset + 1 - unit + t], t == 0, high, low, code, kind)
+        if kind == CUBOID:
+            start_radius(high, low)
+            for t in range(unit):
+                fold_radius(keys[offset + 1 - unit + t], high, low, code)
+            finish_cuboid(high, low, unit)
         store_summary(summary, offset // unit, high, low, unit, summary_code, kind)
 
 
@@ -89,7 +104,7 @@ def append(
     load_count: Tensor,
     *,
     sink_blocks: int,
-    summary_kind: Literal["none", "mean", "minmax"],
+    summary_kind: Literal["none", "mean", "minmax", "cuboid"],
 ) -> None:
     """Write the token at position `seq_len - 1` of every active row to its host page and to the pool.
 

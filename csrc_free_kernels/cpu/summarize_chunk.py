@@ -16,9 +16,10 @@ from csrc_free_kernels.cpu.bits import (
     encode_bf16,
     encode_fp16,
 )
+from csrc_free_kernels.reference.summarize_chunk import unit_tokens
 
-NONE, MEAN, MINMAX = 0, 1, 2
-KINDS = {"none": NONE, "mean": MEAN, "minmax": MINMAX}
+NONE, MEAN, MINMAX, CUBOID = 0, 1, 2, 3
+KINDS = {"none": NONE, "mean": MEAN, "minmax": MINMAX, "cuboid": CUBOID}
 
 
 @nb.njit(cache=True, fastmath=FASTMATH)
@@ -37,6 +38,30 @@ def fold_key(key, first, high, low, code, kind):
 
 
 @nb.njit(cache=True, fastmath=FASTMATH)
+def start_radius(high, low):
+    """Turn maxima and minima [D] into centres, in `high`, and empty sums of distances, in `low`."""
+    for d in range(len(high)):
+        high[d] = (high[d] + low[d]) * np.float32(0.5)
+        low[d] = 0.0
+
+
+@nb.njit(cache=True, fastmath=FASTMATH)
+def fold_radius(key, centre, total, code):
+    """Add the distances of one key [D] from the centres."""
+    for d in range(len(key)):
+        total[d] += abs(decode(key[d], code) - centre[d])
+
+
+@nb.njit(cache=True, fastmath=FASTMATH)
+def finish_cuboid(high, low, unit):
+    """Turn centres and sums of distances [D] into the upper and the lower faces."""
+    for d in range(len(high)):
+        radius = low[d] / np.float32(unit)
+        low[d] = high[d] - radius
+        high[d] += radius
+
+
+@nb.njit(cache=True, fastmath=FASTMATH)
 def encode_row(out, values, scale, code):
     """Write scale * values [D] in the dtype of `out`."""
     if code == FP32:
@@ -51,13 +76,13 @@ def encode_row(out, values, scale, code):
 
 
 @nb.njit(cache=True, fastmath=FASTMATH)
-def store_summary(summary, w, high, low, unit, code, kind):
-    """Write entry `w` (mean) or both entries (min/max) of one page and head, summary [W, D]."""
+def store_summary(summary, u, high, low, unit, code, kind):
+    """Write what stands for sub-unit `u` of one page and head, summary [W, D]: one vector (mean) or two."""
     if kind == MEAN:
-        encode_row(summary[w], high, np.float32(1.0) / np.float32(unit), code)
+        encode_row(summary[u], high, np.float32(1.0) / np.float32(unit), code)
     else:
-        encode_row(summary[0], high, np.float32(1.0), code)
-        encode_row(summary[1], low, np.float32(1.0), code)
+        encode_row(summary[2 * u], high, np.float32(1.0), code)
+        encode_row(summary[2 * u + 1], low, np.float32(1.0), code)
 
 
 # One iteration: a (row, head, unit). k [B, Hkv, Q, D]; k_host [P, Hkv, C, D]; summary [P, Hkv, W, D].
@@ -78,6 +103,14 @@ def summarize_chunk_kernel(k, start, host_table, k_host, summary, unit, code, su
                     fold_key(k_host[page, h, offset + t], t == 0, high, low, code, kind)
                 else:
                     fold_key(k[b, h, begin + t - first], t == 0, high, low, code, kind)
+            if kind == CUBOID:
+                start_radius(high, low)
+                for t in range(unit):
+                    if begin + t < first:
+                        fold_radius(k_host[page, h, offset + t], high, low, code)
+                    else:
+                        fold_radius(k[b, h, begin + t - first], high, low, code)
+                finish_cuboid(high, low, unit)
             store_summary(summary[page, h], offset // unit, high, low, unit, summary_code, kind)
 
 
@@ -88,7 +121,7 @@ def summarize_chunk(
     k_host: Tensor,
     summary: Tensor,
     *,
-    summary_kind: Literal["mean", "minmax"],
+    summary_kind: Literal["mean", "minmax", "cuboid"],
 ) -> None:
     """Compute every summary entry whose last token lies in `[max(start, 0), start + Q)`.
 
@@ -98,9 +131,9 @@ def summarize_chunk(
         host_table: int32 [B, N].
         k_host: [P, Hkv, C, D], of the dtype of `k`; tokens before `start` are read from it.
         summary: [P, Hkv, W, D], written in place; other entries are left alone.
-        summary_kind: `mean` (sub-units of C / W tokens) or `minmax` (whole blocks, W = 2).
+        summary_kind: `mean` (sub-units of C / W tokens), `minmax` or `cuboid` (of 2C / W tokens).
     """
-    unit = k_host.shape[2] // (summary.shape[2] if summary_kind == "mean" else 1)
+    unit = unit_tokens(summary_kind, k_host.shape[2], summary.shape[2])
     summarize_chunk_kernel(
         as_numpy(k),
         start.numpy(),

@@ -6,8 +6,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from csrc_free_kernels.gpu.summarize_chunk import TILE_ROWS, fold_keys, start_summary, store_summary
+from csrc_free_kernels.gpu.summarize_chunk import TILE_ROWS, fold_keys, next_pass, start_summary, store_summary
 from csrc_free_kernels.gpu.victims import id_range_of, oldest_slot
+from csrc_free_kernels.reference.summarize_chunk import unit_tokens
 
 TILE_SLOTS = 256  # slots looked at together when one must be given up, once in C tokens
 NUM_WARPS = 4
@@ -49,11 +50,14 @@ def summarize_tail(
         tl.debug_barrier()  # the rows read here were written by other threads of this program
         o_d = tl.arange(0, D_P2)
         b_high, b_low = start_summary(D_P2, KIND)
-        for i_row in range(0, UNIT, ROWS):
-            o_row = offset + 1 - UNIT + i_row + tl.arange(0, ROWS)
-            p_row = p_keys + o_row[:, None] * stride_token + o_d[None, :]
-            b_row = tl.load(p_row, mask=(o_d < D)[None, :], other=0.0).to(tl.float32)
-            b_high, b_low = fold_keys(b_high, b_low, b_row, KIND)
+        for i_pass in tl.static_range(2 if KIND == "cuboid" else 1):
+            if i_pass == 1:
+                b_high, b_low = next_pass(b_high, b_low)
+            for i_row in range(0, UNIT, ROWS):
+                o_row = offset + 1 - UNIT + i_row + tl.arange(0, ROWS)
+                p_row = p_keys + o_row[:, None] * stride_token + o_d[None, :]
+                b_row = tl.load(p_row, mask=(o_d < D)[None, :], other=0.0).to(tl.float32)
+                b_high, b_low = fold_keys(b_high, b_low, b_row, KIND, i_pass)
         store_summary(p_summary, b_high, b_low, offset // UNIT, stride_w, UNIT, D, D_P2, KIND)
 
 
@@ -164,7 +168,7 @@ def append(
     load_count: Tensor,
     *,
     sink_blocks: int,
-    summary_kind: Literal["none", "mean", "minmax"],
+    summary_kind: Literal["none", "mean", "minmax", "cuboid"],
 ) -> None:
     """Write the token at position `seq_len - 1` of every active row to its host page and to the pool.
 
@@ -194,7 +198,7 @@ def append(
     assert k_new.stride(2) == v_new.stride(2) == k_host.stride(3) == k_pool.stride(2) == 1
     rows, heads, dim = k_new.shape
     block_size = k_pool.shape[1]
-    unit = block_size // summary.shape[2] if summary is not None and summary_kind == "mean" else block_size
+    unit = block_size if summary is None else unit_tokens(summary_kind, block_size, summary.shape[2])
     append_kernel[(rows * heads,)](
         k_new,
         v_new,

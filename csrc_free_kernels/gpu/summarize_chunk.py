@@ -6,6 +6,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from csrc_free_kernels.reference.summarize_chunk import unit_tokens
+
 TILE_ROWS = 16  # keys folded at a time: 16 fp32 registers a thread at D = 128
 NUM_WARPS = 4
 
@@ -19,10 +21,18 @@ def start_summary(D_P2: tl.constexpr, KIND: tl.constexpr):
 
 
 @triton.jit
-def fold_keys(b_high, b_low, b_keys, KIND: tl.constexpr):
+def next_pass(b_high, b_low):
+    """The accumulators of the second pass over the keys of a cuboid: the centre, and no distances from it yet."""
+    return (b_high + b_low) * 0.5, tl.zeros_like(b_low)
+
+
+@triton.jit
+def fold_keys(b_high, b_low, b_keys, KIND: tl.constexpr, i_pass: tl.constexpr):
     """Fold keys [rows, D_P2] fp32 into the accumulators."""
     if KIND == "mean":
         b_high += tl.sum(b_keys, axis=0)
+    elif i_pass == 1:
+        b_low += tl.sum(tl.abs(b_keys - b_high[None, :]), axis=0)
     else:
         b_high = tl.maximum(b_high, tl.max(b_keys, axis=0))
         b_low = tl.minimum(b_low, tl.min(b_keys, axis=0))
@@ -34,21 +44,26 @@ def store_summary(
     p_summary,
     b_high,
     b_low,
-    i_w,
+    i_unit,
     stride_w,
     UNIT: tl.constexpr,
     D: tl.constexpr,
     D_P2: tl.constexpr,
     KIND: tl.constexpr,
 ):
-    """Write entry `i_w` (`mean`) or both entries (`minmax`) of one page and head, summary [W, D]."""
+    """Write what stands for sub-unit `i_unit` of one page and head, summary [W, D]: a vector (`mean`) or two."""
     o_d = tl.arange(0, D_P2)
     dtype = p_summary.dtype.element_ty
     if KIND == "mean":
-        tl.store(p_summary + i_w * stride_w + o_d, (b_high * (1.0 / UNIT)).to(dtype), mask=o_d < D)
+        tl.store(p_summary + i_unit * stride_w + o_d, (b_high * (1.0 / UNIT)).to(dtype), mask=o_d < D)
     else:
-        tl.store(p_summary + o_d, b_high.to(dtype), mask=o_d < D)
-        tl.store(p_summary + stride_w + o_d, b_low.to(dtype), mask=o_d < D)
+        if KIND == "cuboid":
+            b_radius = b_low * (1.0 / UNIT)
+            b_low = b_high - b_radius
+            b_high += b_radius
+        p_unit = p_summary + 2 * i_unit * stride_w + o_d
+        tl.store(p_unit, b_high.to(dtype), mask=o_d < D)
+        tl.store(p_unit + stride_w, b_low.to(dtype), mask=o_d < D)
 
 
 # grid (B * HKV, units); a program computes the i-th unit that the chunk may have completed
@@ -87,15 +102,18 @@ def summarize_chunk_kernel(
         p_host = k_host + page * stride_page + i_h * stride_head
         o_d = tl.arange(0, D_P2)
         b_high, b_low = start_summary(D_P2, KIND)
-        for i_row in range(0, UNIT, ROWS):
-            position = begin + i_row + tl.arange(0, ROWS)
-            m_new = (position >= first)[:, None] & (o_d < D)[None, :]
-            m_old = (position < first)[:, None] & (o_d < D)[None, :]
-            o_new = (position - first).to(tl.int64) * stride_k_token
-            o_old = (position % C).to(tl.int64) * stride_host_token
-            b_new = tl.load(p_k + o_new[:, None] + o_d[None, :], mask=m_new, other=0.0).to(tl.float32)
-            b_old = tl.load(p_host + o_old[:, None] + o_d[None, :], mask=m_old, other=0.0).to(tl.float32)
-            b_high, b_low = fold_keys(b_high, b_low, b_new + b_old, KIND)
+        for i_pass in tl.static_range(2 if KIND == "cuboid" else 1):
+            if i_pass == 1:
+                b_high, b_low = next_pass(b_high, b_low)
+            for i_row in range(0, UNIT, ROWS):
+                position = begin + i_row + tl.arange(0, ROWS)
+                m_new = (position >= first)[:, None] & (o_d < D)[None, :]
+                m_old = (position < first)[:, None] & (o_d < D)[None, :]
+                o_new = (position - first).to(tl.int64) * stride_k_token
+                o_old = (position % C).to(tl.int64) * stride_host_token
+                b_new = tl.load(p_k + o_new[:, None] + o_d[None, :], mask=m_new, other=0.0).to(tl.float32)
+                b_old = tl.load(p_host + o_old[:, None] + o_d[None, :], mask=m_old, other=0.0).to(tl.float32)
+                b_high, b_low = fold_keys(b_high, b_low, b_new + b_old, KIND, i_pass)
         p_summary = summary + page * stride_s_page + i_h * stride_s_head
         store_summary(p_summary, b_high, b_low, begin % C // UNIT, stride_s_w, UNIT, D, D_P2, KIND)
 
@@ -107,7 +125,7 @@ def summarize_chunk(
     k_host: Tensor,
     summary: Tensor,
     *,
-    summary_kind: Literal["mean", "minmax"],
+    summary_kind: Literal["mean", "minmax", "cuboid"],
 ) -> None:
     """Compute every summary entry whose last token lies in `[max(start, 0), start + Q)`.
 
@@ -119,12 +137,12 @@ def summarize_chunk(
         host_table: int32 [B, N].
         k_host: [P, Hkv, C, D], pinned host memory; tokens before `start` are read from it.
         summary: [P, Hkv, W, D], written in place; other entries are left alone.
-        summary_kind: `mean` (sub-units of C / W tokens) or `minmax` (whole blocks, W = 2).
+        summary_kind: `mean` (sub-units of C / W tokens), `minmax` or `cuboid` (of 2C / W tokens).
     """
     assert k.stride(3) == k_host.stride(3) == summary.stride(3) == 1
     rows, heads, num_tokens, dim = k.shape
     block_size = k_host.shape[2]
-    unit = block_size // summary.shape[2] if summary_kind == "mean" else block_size
+    unit = unit_tokens(summary_kind, block_size, summary.shape[2])
     summarize_chunk_kernel[(rows * heads, triton.cdiv(num_tokens, unit))](
         k,
         start,

@@ -4,7 +4,7 @@ from typing import Literal
 
 from torch import Tensor
 
-from csrc_free_kernels.reference.summarize_chunk import summarize
+from csrc_free_kernels.reference.summarize_chunk import VECTORS, summarize, unit_tokens
 from csrc_free_kernels.reference.victims import victims
 
 
@@ -27,7 +27,7 @@ def append(
     load_count: Tensor,
     *,
     sink_blocks: int,
-    summary_kind: Literal["none", "mean", "minmax"],
+    summary_kind: Literal["none", "mean", "minmax", "cuboid"],
 ) -> None:
     """Write the token at position `seq_len - 1` of every active row to its host page and to the pool.
 
@@ -90,11 +90,7 @@ def _claim(slot_of: Tensor, block_in: Tensor, slot: int, block: int) -> None:
 
 def _summarize_tail(summary: Tensor, keys: Tensor, offset: int, kind: str) -> None:
     """Write what the token at `offset` completes: keys [C, D] of one block -> summary [W, D]."""
-    unit = len(keys) // len(summary) if kind == "mean" else len(keys)
-    if (offset + 1) % unit:
-        return
-    entry = summarize(keys[offset + 1 - unit : offset + 1], kind).to(summary.dtype)
-    if kind == "mean":
-        summary[offset // unit] = entry[0]
-    else:
-        summary[:] = entry
+    unit = unit_tokens(kind, len(keys), len(summary))
+    if (offset + 1) % unit == 0:
+        entry = summarize(keys[offset + 1 - unit : offset + 1], kind).to(summary.dtype)
+        summary.unflatten(0, (-1, VECTORS[kind]))[offset // unit] = entry

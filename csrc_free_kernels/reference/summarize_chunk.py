@@ -6,16 +6,30 @@ import torch
 from torch import Tensor
 
 
-def summarize(keys: Tensor, kind: str) -> Tensor:
-    """Reduce keys [..., U, D] over U, in fp32 or better: `mean` -> [..., 1, D], `minmax` -> [..., 2, D].
+VECTORS = {"mean": 1, "minmax": 2, "cuboid": 2}  # that summarise a sub-unit, one after the other
 
-    Mean keys stand for sub-units in InfLLM-V2 (arXiv:2509.24663), channel-wise maxima and minima for blocks
-    in Quest (arXiv:2406.10774).
+
+def unit_tokens(kind: str, block_size: int, width: int) -> int:
+    """Return the tokens of a sub-unit, where a block of `block_size` has `width` vectors."""
+    return block_size * VECTORS[kind] // width
+
+
+def summarize(keys: Tensor, kind: str) -> Tensor:
+    """Reduce keys [..., U, D] over U, in fp32 or better, to [..., VECTORS[kind], D].
+
+    `mean`: mean keys (InfLLM-V2, arXiv:2509.24663). `minmax`: channel-wise maxima, minima (Quest,
+    arXiv:2406.10774). `cuboid`: upper and lower faces of a box around the centre of those two that reaches as
+    far as the keys do on average (ArkVale's cuboid-mean, NeurIPS 2024, pku-liang/ArkVale).
     """
     keys = keys.to(torch.promote_types(keys.dtype, torch.float32))
     if kind == "mean":
         return keys.mean(dim=-2, keepdim=True)
-    return torch.stack((keys.amax(dim=-2), keys.amin(dim=-2)), dim=-2)
+    high, low = keys.amax(dim=-2), keys.amin(dim=-2)
+    if kind == "cuboid":
+        centre = (high + low) / 2
+        radius = (keys - centre.unsqueeze(-2)).abs().mean(dim=-2)
+        high, low = centre + radius, centre - radius
+    return torch.stack((high, low), dim=-2)
 
 
 def summarize_chunk(
@@ -25,7 +39,7 @@ def summarize_chunk(
     k_host: Tensor,
     summary: Tensor,
     *,
-    summary_kind: Literal["mean", "minmax"],
+    summary_kind: Literal["mean", "minmax", "cuboid"],
 ) -> None:
     """Compute every summary entry whose last token lies in `[max(start, 0), start + Q)`.
 
@@ -35,10 +49,11 @@ def summarize_chunk(
         host_table: int32 [B, N].
         k_host: [P, Hkv, C, D], host memory; tokens before `start` are read from it.
         summary: [P, Hkv, W, D], written in place; other entries are left alone.
-        summary_kind: `mean` (sub-units of C / W tokens) or `minmax` (whole blocks, W = 2).
+        summary_kind: `mean` (sub-units of C / W tokens), `minmax` or `cuboid` (of 2C / W tokens).
     """
     block_size, width = k_host.shape[2], summary.shape[2]
-    unit = block_size // width if summary_kind == "mean" else block_size
+    unit = unit_tokens(summary_kind, block_size, width)
+    by_unit = summary.unflatten(2, (-1, VECTORS[summary_kind]))  # [P, Hkv, units, 1 or 2, D]
     for b, first in enumerate(start.tolist()):
         units = torch.arange(max(first, 0) // unit, max(first + k.shape[2], 0) // unit)
         if len(units) == 0:
@@ -53,7 +68,4 @@ def summarize_chunk(
             summary
         )  # [Hkv, units, 1 or 2, D]
         pages = host_table[b].cpu()[units * unit // block_size].long().to(summary.device)
-        if summary_kind == "mean":
-            summary[pages, :, (units % width).to(summary.device)] = entries[:, :, 0].transpose(0, 1)
-        else:
-            summary[pages] = entries.transpose(0, 1)
+        by_unit[pages, :, (units % by_unit.shape[2]).to(summary.device)] = entries.transpose(0, 1)

@@ -162,6 +162,7 @@ class KVCache:
 
         Raises:
             HostMemoryError: the store cannot hold them; nothing changed.
+            OutOfMemoryError: no device memory for their summaries; no page is held.
         """
         if self.store is None:
             return
@@ -169,6 +170,11 @@ class KVCache:
         if not any(wanted):
             return
         fresh = self.store.allocate(sum(wanted))
+        try:
+            self._cover_pages(max(fresh) + 1)
+        except BaseException:  # a page whose summary has no place must not be held
+            self.store.release(fresh)
+            raise
         row_ids: list[int] = []
         block_ids: list[int] = []
         at = 0
@@ -179,15 +185,14 @@ class KVCache:
             at += n
         index = self.upload([row_ids, block_ids, fresh], torch.int64)
         self.host_table[index[0], index[1]] = index[2].int()
-        self._cover_pages(max(fresh) + 1)
 
     def upload(self, values: Any, dtype: torch.dtype = torch.int32) -> torch.Tensor:
         """Bring host values to the device behind the work queued so far; the host does not wait."""
         return self.uploader.upload(values, dtype)
 
     def _cover_pages(self, max_pages: int) -> None:
-        moved = [layer.cover_pages(max_pages) for layer in self.full.values()]
-        self.version += any(moved)
+        for layer in self.full.values():
+            self.version += layer.cover_pages(max_pages)
 
     def advance_host(self, tokens: Sequence[int]) -> None:
         """Advance the host clock by `tokens[b]` tokens per row."""

@@ -30,8 +30,9 @@ from rheo_offload.model.stepper import MAX_STOP_IDS, Stepper
 
 logger = logging.getLogger("rheo_offload")
 
-RESHARE_AFTER_STEPS = 32
-"""Steps with a smaller batch before absent rows' slots go to the present ones, whose blocks are then read again."""
+SETTLE_STEPS = 32
+"""Steps that the batch must stay small for before rows move together and absent rows' slots go to the present ones: both
+mean that blocks are read again from the host, which must pay for itself."""
 
 
 class Engine:
@@ -311,16 +312,23 @@ class Engine:
     # ---- the batch changes -------------------------------------------------------------------------------------------
 
     def _tidy(self) -> None:
-        """Move rows together, and give absent rows' slots to the present ones once the batch has stayed small."""
+        """Once the batch has stayed small: move rows together, give absent rows' slots to the present ones."""
+        running = len(self.scheduler.running_rows)
+        small = running > 0 and not self.scheduler.waiting
+        fewer = small and self.stepper.runner.bucket_of(running) < self.scheduler.bucket()
+        bucket = self._rows_in_use()
+        short = small and bucket < self._kv.sharing_rows and self._kv.capacity < self._longest_blocks()
+        self._steps_with_fewer = self._steps_with_fewer + 1 if fewer or short else 0
+        if self._steps_with_fewer <= SETTLE_STEPS:
+            return
+        self._steps_with_fewer = 0
         for source, target in self.scheduler.compaction():
             self._kv.move_row(source, target)
             self.stepper.move_row(source, target)
             if target < self._kv.sharing_rows:
                 self._ex.warm(slice(target, target + 1))
         bucket = self._rows_in_use()
-        fewer = 0 < bucket < self._kv.sharing_rows and self._kv.capacity < self._longest_blocks()
-        self._steps_with_fewer = self._steps_with_fewer + 1 if fewer else 0
-        if self._steps_with_fewer > RESHARE_AFTER_STEPS:
+        if bucket < self._kv.sharing_rows and self._kv.capacity < self._longest_blocks():
             self._share(bucket)
 
     def _share(self, rows: int) -> None:

@@ -201,7 +201,7 @@ class Executor:
 
     @property
     def version(self) -> Hashable:
-        """What a captured step would not survive: memory that moved, a dense layer that began or ceased to fit its pool."""
+        """What ends a captured step: memory that moved, a dense layer that began or ceased to fit its pool."""
         return self.cache.version, tuple(i for i, layer in self.cache.full.items() if self.is_streamed(layer))
 
     def is_streamed(self, layer: FullLayer) -> bool:

@@ -8,6 +8,7 @@ from transformers import PreTrainedModel
 
 from rheo_offload.errors import CacheError
 from rheo_offload.execution.executor import Executor
+from rheo_offload.model.attention_hook import NAME
 from rheo_offload.model.hf_cache import RheoCache
 from rheo_offload.model.padding import left_padding
 
@@ -103,6 +104,11 @@ def _one_row(cache: RheoCache, ex: Executor, row: int, *, last: bool) -> Iterato
 
 
 def _forward(model: PreTrainedModel, cache: RheoCache, ids: torch.Tensor, position: int) -> None:
+    if model.config._attn_implementation != NAME:  # it would see the new tokens only, without a word
+        raise CacheError(
+            f"the model's attention is {model.config._attn_implementation!r} since it was offloaded; restore() and "
+            "offload() it again"
+        )
     positions = torch.arange(position, position + ids.shape[1], device=ids.device)[None]
     with torch.no_grad():
         model(

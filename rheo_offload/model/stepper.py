@@ -20,6 +20,7 @@ from rheo_offload.device import Event, empty_pinned, event
 from rheo_offload.errors import CacheError, GraphError
 from rheo_offload.execution.graph import GraphRunner, buckets_for
 from rheo_offload.execution.sampler import Sampler, SamplingParams
+from rheo_offload.model.attention_hook import NAME
 from rheo_offload.model.hf_cache import RheoCache
 
 STEPS_IN_FLIGHT = 4
@@ -80,7 +81,7 @@ class Stepper:
         self._events: list[Event] = [event(device) for _ in range(STEPS_IN_FLIGHT)]
         self.launched = 0
         self.runner = GraphRunner(device, buckets_for(rows), enabled=graph, on_capture=on_capture)
-        self._model_state = self._fingerprint()
+        self._weights = self._fingerprint()
 
     @property
     def model(self) -> Any:
@@ -104,7 +105,7 @@ class Stepper:
             GraphError: the model changed since the stepper was made.
             CacheError: an earlier step or forward stopped half-way.
         """
-        if self._fingerprint() != self._model_state:
+        if self._fingerprint() != self._weights or self.model.config._attn_implementation != NAME:
             raise GraphError(
                 "the model's dtype, device, weights or attention changed after its decode step was prepared; "
                 "restore() and offload() it again"
@@ -216,4 +217,4 @@ class Stepper:
 
     def _fingerprint(self) -> tuple[Any, ...]:
         weight = self.model.get_input_embeddings().weight
-        return weight.dtype, weight.device, weight.data_ptr(), self.model.config._attn_implementation
+        return weight.dtype, weight.device, weight.data_ptr()

@@ -8,7 +8,7 @@ import torch
 
 from rheo_offload.engine.engine import Engine, stream
 from rheo_offload.engine.request import State
-from rheo_offload.errors import EngineError, HostMemoryError, RequestError
+from rheo_offload.errors import CacheError, EngineError, HostMemoryError, RequestError
 from rheo_offload.execution.graph import GraphRunner
 from rheo_offload.model.stepper import Stepper
 from tests.engine.test_engine import alone, ids_of, params, tight_model
@@ -182,6 +182,24 @@ def test_scratch_follows_tables_that_grew():
             engine.step()
         engine._kv.grow(12, engine._kv.capacity)
         engine.run()
-        ws = engine._ex.workspace_of(engine._kv.full[0])
+        ws = engine._ex.workspace_of(engine._kv.full[0].view(slice(0, 1)))
         assert ws.block_scores.shape[2] == 12
         assert request.output_ids == alone(model, ids_of(40), 20)
+
+
+def test_an_engine_over_a_model_with_other_attention_answers_nothing():
+    """Starting over does not help, and must not look as if it did: foreign attention sees a chunk's own tokens only."""
+    model = tight_model()
+    with Engine(model, max_rows=2, max_context_tokens=128) as engine:
+        engine.submit(ids_of(60), params(10))
+        for _ in range(4):
+            engine.step()
+        model.set_attn_implementation("eager")
+        with pytest.raises(EngineError, match=r"restore\(\)"):
+            engine.run()
+        late = [engine.submit(ids_of(n), params(10)) for n in (60, 1)]
+        with pytest.raises(EngineError, match=r"restore\(\)"):
+            engine.run()
+        assert [r.output_ids for r in late] == [[], []]
+    with pytest.raises(CacheError, match="'eager'"):
+        alone(model, ids_of(60), 4)
