@@ -116,8 +116,8 @@ class _Schedule:
         if rng.random() < 0.003:
             self.events["tables grown"] += 1
             for engine in self.twins:
-                kv = engine.cache.executor.cache
-                kv.grow(kv.max_blocks + 1, kv.capacity)
+                ex = engine.cache.executor
+                ex.make_room(ex.cache.max_blocks * ex.cache.block_size + 1)
 
     def _submit(self) -> None:
         rng = self.rng
