@@ -13,7 +13,7 @@ import numba
 import torch
 import yaml
 
-from bench import plots, prefetch_plot, prefetch_suite, record_suite, targets
+from bench import fuzz, plots, prefetch_plot, prefetch_suite, record_suite, targets
 from bench.baselines import BASELINES, DEFAULT_BASELINES
 from bench.decode import Sweep, run_decode
 from bench.env import environment, machine
@@ -125,6 +125,12 @@ def _parser() -> argparse.ArgumentParser:
         help="also write where linear_few won into the launch table (beside --out's rows, else the package's)",
     )
     fused.set_defaults(run=_fused)
+
+    fuzzing = suites.add_parser(
+        "fuzz", parents=[common], help="captured against eager steps under one random schedule, bit for bit"
+    )
+    fuzzing.add_argument("--steps", type=int, default=2000, help="engine iterations (--quick: 60)")
+    fuzzing.set_defaults(run=_fuzz)
 
     gather = suites.add_parser(
         "gather", parents=[common], help="the copy of scattered blocks from host memory"
@@ -275,6 +281,16 @@ def _fused(args: argparse.Namespace, argv: Sequence[str]) -> int:
         write_table(table_after(products, device), path)
         print(f"launch table written to {path}")
     return results.exit_code()
+
+
+def _fuzz(args: argparse.Namespace, argv: Sequence[str]) -> int:
+    device = _device(args)
+    folder = args.out or RESULTS / f"{datetime.now(UTC):%Y-%m-%d}-fuzz"
+    folder.mkdir(parents=True, exist_ok=True)
+    report = fuzz.run(device, 60 if args.quick else args.steps)
+    fuzz.write_report(folder / "fuzz.json", report, environment(device, argv, args.commit))
+    print(report)
+    return 0 if report.ok else 1
 
 
 def _gather(args: argparse.Namespace, argv: Sequence[str]) -> int:

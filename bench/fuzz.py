@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
+from bench.shapes import quick_config, random_model
 from rheo_offload.config import RheoConfig
 from rheo_offload.engine.engine import Engine
 from rheo_offload.engine.request import Request
@@ -42,6 +43,28 @@ class FuzzReport:
     def ok(self) -> bool:
         """Whether everything was equal and blocks really moved."""
         return not self.differences and self.evicted_blocks > 0 and self.loaded_bytes > 0
+
+
+# Blocks of 16 tokens and a pool as small as it may be: blocks are evicted and loaded all the time.
+TIGHT = (
+    "cache.block_size=16",
+    "cache.host_memory=256MiB",
+    "cache.device_memory=floor",
+    "cache.capacity_ratio=1.0",
+    "selection.token_budget=96",
+    "selection.recent_blocks=2",
+    "selection.query_agnostic_share=0.25",
+    "prefill.chunk_tokens=48",
+)
+
+
+def run(device: torch.device, steps: int) -> FuzzReport:
+    """Fuzz a small fp32 model with random weights."""
+    return fuzz(
+        lambda: random_model(quick_config(), device, torch.float32),
+        RheoConfig().with_overrides(TIGHT),
+        steps=steps,
+    )
 
 
 def fuzz(

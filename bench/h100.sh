@@ -6,6 +6,8 @@
 #   steps                              `bench targets resident misses breakdown`
 #   systems                            `bench targets peers link memory`
 #   longrun                            `bench targets long-run`
+#   fuzz                               captured against eager steps under one random schedule
+#   sanitize                           compute-sanitizer over small cases of every kernel
 #
 # OUT is a folder such as bench/results/2026-11-22-h100; every part writes into a folder of its own below it. Without
 # a part all of them run, each under 8 minutes. key=value words change the configuration of the targets. The exit code
@@ -13,7 +15,7 @@
 set -uo pipefail
 cd "$(dirname "$0")/.."
 
-all=(tests gather decode16 sweep long steps systems longrun)
+all=(tests gather decode16 sweep long steps systems longrun fuzz sanitize)
 out=${1:?usage: bench/h100.sh OUT [part ...] [commit=SHA] [fill=prefill|random] [key=value ...]}
 shift
 parts=() commit=() fill=random overrides=()
@@ -22,7 +24,7 @@ for word in "$@"; do
         commit=*) commit=(--commit "${word#commit=}") ;;
         fill=*) fill=${word#fill=} ;;
         *.*=*) overrides+=("$word") ;;
-        tests | gather | decode16 | sweep | long | steps | systems | longrun) parts+=("$word") ;;
+        tests | gather | decode16 | sweep | long | steps | systems | longrun | fuzz | sanitize) parts+=("$word") ;;
         *) echo "unknown part: $word" >&2; exit 2 ;;
     esac
 done
@@ -37,7 +39,10 @@ bench() {
 }
 
 run_tests() {
-    timeout "$limit" python3 -m pytest -q -ra --durations=15 -m "gpu or not gpu" > "$out/pytest.txt" 2>&1
+    # Half the time goes into compiling kernels, so that several processes help where pytest-xdist is there.
+    local workers=()
+    python3 -c "import xdist" 2> /dev/null && workers=(-n 12)
+    timeout "$limit" python3 -m pytest -v ${workers[@]+"${workers[@]}"} --durations=15 -m "gpu or not gpu" > "$out/pytest.txt" 2>&1
     local status=$?
     tail -n 40 "$out/pytest.txt"
     return $status
@@ -86,6 +91,14 @@ run_systems() {
 
 run_longrun() {
     targets longrun long-run
+}
+
+run_fuzz() {
+    bench fuzz --out "$out/fuzz"
+}
+
+run_sanitize() {
+    timeout "$limit" python3 -m bench.sanitize "$out/sanitizer"
 }
 
 failed=0

@@ -24,15 +24,16 @@ from rheo_offload.engine.request import Request, State
 from rheo_offload.engine.scheduler import Scheduler
 from rheo_offload.errors import EngineError, HostMemoryError, NonFiniteError, RequestError
 from rheo_offload.execution.graph import buckets_for
-from rheo_offload.execution.sampler import Sampler, SamplingParams
+from rheo_offload.execution.sampler import Sampler, SamplingParams, largest_vocabulary
+from rheo_offload.model.decode_loop import has_sampler
 from rheo_offload.model.prefill import prefill_piece
 from rheo_offload.model.stepper import MAX_STOP_IDS, Stepper
 
 logger = logging.getLogger("rheo_offload")
 
 SETTLE_STEPS = 32
-"""Steps that the batch must stay small for before rows move together and absent rows' slots go to the present ones: both
-mean that blocks are read again from the host, which must pay for itself."""
+"""Steps that the batch must stay small for before rows move together and the slots of absent rows go to present ones.
+Both mean that blocks are read again from the host, which must pay for itself."""
 
 
 class Engine:
@@ -57,7 +58,8 @@ class Engine:
             on_capture: told (rows, what) around every graph capture, for progress.
 
         Raises:
-            EngineError: the model is not offloaded, or was made for fewer positions.
+            EngineError: the model is not offloaded, was made for fewer positions, or has a vocabulary that the sampler
+                does not take.
             DeviceMemoryError, HostMemoryError: the rows do not fit; nothing is held.
         """
         handle = model.__dict__.get("rheo")
@@ -67,6 +69,11 @@ class Engine:
             raise EngineError(
                 f"max_context_tokens of {max_context_tokens} is more than the {handle.max_positions} positions this "
                 "model was made for"
+            )
+        if not has_sampler(model):
+            raise EngineError(
+                f"the model has more tokens than the {largest_vocabulary()} that an engine chooses from; use "
+                "model.generate"
             )
         self.model, self.max_rows, self.max_context_tokens = model, max_rows, max_context_tokens
         self._allow_overtaking, self._on_capture = allow_overtaking, on_capture
