@@ -47,5 +47,9 @@ class RequestError(RheoError):
     """A request cannot be served: it can never fit, or it was used out of order. Names the numbers and the remedy."""
 
 
+class TraceError(RheoError):
+    """A trace cannot be recorded, read or replayed; the message says what is wrong with it."""
+
+
 class EngineError(RheoError):
     """The engine cannot do what was asked, or a step failed; the message names the requests."""

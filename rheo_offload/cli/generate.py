@@ -24,6 +24,20 @@ EXIT_INTERRUPTED = 130
 def add_parser(subparsers: Any) -> None:
     """Add the `generate` verb."""
     parser = subparsers.add_parser("generate", help="generate text from prompts", description=__doc__)
+    add_run_options(parser)
+    parser.add_argument(
+        "--max-batch",
+        type=at_least(1),
+        metavar="N",
+        help="decode at most N prompts at once; the others join as rows become free (default: all in one batch)",
+    )
+    parser.add_argument("--json", action="store_true", help="print one JSON record instead of the text")
+    add_config_options(parser)
+    parser.set_defaults(run=run)
+
+
+def add_run_options(parser: argparse.ArgumentParser) -> None:
+    """Add what says which model generates what: model, prompts, length, sampling."""
     parser.add_argument("--model", required=True, help="Hugging Face id or local directory")
     parser.add_argument("--gguf", metavar="FILE", help="GGUF file inside that directory")
     prompt = parser.add_mutually_exclusive_group(required=True)
@@ -52,15 +66,6 @@ def add_parser(subparsers: Any) -> None:
         metavar="N",
         help="feed the last N prompt tokens through sparse decoding, not the dense prefill (default: 1)",
     )
-    parser.add_argument(
-        "--max-batch",
-        type=at_least(1),
-        metavar="N",
-        help="decode at most N prompts at once; the others join as rows become free (default: all in one batch)",
-    )
-    parser.add_argument("--json", action="store_true", help="print one JSON record instead of the text")
-    add_config_options(parser)
-    parser.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace) -> int:

@@ -78,6 +78,7 @@ class Engine:
         self.model, self.max_rows, self.max_context_tokens = model, max_rows, max_context_tokens
         self._allow_overtaking, self._on_capture = allow_overtaking, on_capture
         self._ids = count()
+        self._closed = False
         self._open()
 
     def _open(self) -> None:
@@ -127,7 +128,8 @@ class Engine:
             prompt_ids: token ids of the prompt.
             params: how tokens are chosen and what ends the request.
             request_id: a name of its own; a number when None.
-            on_token: called with (request, token) for every new token, in order, from within `step`.
+            on_token: called with (request, token) for every new token, in order, from within `step`. It may submit and
+                cancel; what it raises fails its request.
 
         Raises:
             RequestError: it can never run (too long, an empty prompt, a token the model does not have, an id in use).
@@ -135,7 +137,9 @@ class Engine:
         """
         request = Request(
             id=str(next(self._ids)) if request_id is None else request_id,
-            prompt_ids=torch.as_tensor(prompt_ids, dtype=torch.int64, device="cpu"),
+            prompt_ids=torch.as_tensor(
+                prompt_ids, dtype=torch.int64, device="cpu"
+            ).clone(),  # the caller's may change
             params=params or SamplingParams(),
             eos_token_ids=_end_tokens(self.model),
             on_token=on_token,
@@ -205,6 +209,8 @@ class Engine:
             EngineError: the step failed, or the one before was interrupted. Every request that had a row has failed
                 with it (the message has their ids); waiting ones are kept, and the engine can go on.
         """
+        if self._closed:
+            raise EngineError("this engine was closed; make a new one")
         if self._interrupted is not None:
             self._recover(self._interrupted)
         try:
@@ -298,7 +304,12 @@ class Engine:
                 self._end(request, error=NonFiniteError(where))
                 continue
             clock.finish((clock.new_tokens or 0) + 1)
-            reason = request.add_token(int(got.tokens[row]))
+            try:
+                reason = request.add_token(int(got.tokens[row]))
+            except Exception as error:  # of its `on_token`: no business of the others
+                if not request.is_done:
+                    self._end(request, error=error)
+                continue
             if reason is not None and not request.is_done:
                 self._end(request, reason=reason)
 
@@ -387,6 +398,7 @@ class Engine:
             self.scheduler.cancel(request.id)
         self.stepper.close()
         self.cache.close()
+        self._closed = True
 
     def __enter__(self) -> "Engine":
         return self

@@ -66,6 +66,8 @@ def decode_full(ex: "Executor", layer: FullLayer, call: AttentionCall) -> torch.
             query_blocks=policy.query_blocks, agnostic_blocks=policy.agnostic_blocks,
             heat_decay=policy.heat_decay, normalise=selector.normalise,
         )  # fmt: skip
+    if ex.observer is not None and selector is ex.selector:
+        ex.observer.note(layer, ws)
 
     def gather() -> None:
         with ex.region("gather"):

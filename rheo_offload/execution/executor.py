@@ -16,6 +16,7 @@ from rheo_offload.cache.sizing import allocate_shrinking, capacity_floor
 from rheo_offload.errors import CacheError
 from rheo_offload.execution.audit import Audit
 from rheo_offload.execution.decode import decode_full, decode_sliding
+from rheo_offload.execution.observer import StepObserver
 from rheo_offload.execution.prefill import Chunk, prefill_full, prefill_sliding, warm
 from rheo_offload.execution.workspace import DecodeWorkspace, RingWorkspace, RoundsWorkspace
 from rheo_offload.ops import kernels_for
@@ -63,6 +64,7 @@ class Executor:
         self.gather = GatherEngine(cache.device, overlap)
         self.audit = Audit(audit_every, cache.device)
         self.audit_now = False
+        self.observer: StepObserver | None = None
         self.wants_heat = True
         self.decode_steps = 0
         self.profiler: Callable[[str], AbstractContextManager[None]] | None = None
@@ -114,12 +116,16 @@ class Executor:
         self.cache.before_decode(rows)
         self.decode_steps += 1
         self.audit_now = self.audit.due(self.decode_steps)
+        if self.observer is not None:
+            self.observer.before_step(rows)
 
     def begin_decode_on_device(self, rows: int) -> None:
         """Advance the device clock and the rings' block numbers for the first `rows` rows (part of a captured step)."""
         self._chunk = None
         cache = self.cache
         cache.begin_decode(rows)
+        if self.observer is not None:
+            self.observer.begin(rows)
         # position of the new token; negative where a row sits out, so that its ring stays as it is
         torch.sub(cache.step_lens[:rows], 1, out=self.decode_start[:rows])
         rings = {id(ws): ws for ws in (self.ring_workspace_of(s, rows) for s in cache.sliding.values())}
@@ -201,8 +207,9 @@ class Executor:
 
     @property
     def version(self) -> Hashable:
-        """What ends a captured step: memory that moved, a dense layer that began or ceased to fit its pool."""
-        return self.cache.version, tuple(i for i, layer in self.cache.full.items() if self.is_streamed(layer))
+        """What ends a captured step: memory that moved, a dense layer that (no longer) fits its pool, who looks on."""
+        streamed = tuple(i for i, layer in self.cache.full.items() if self.is_streamed(layer))
+        return self.cache.version, streamed, self.observer
 
     def is_streamed(self, layer: FullLayer) -> bool:
         """Whether the layer attends to more blocks than its pool holds."""

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from rheo_offload.device import current_stream, is_cuda, on_stream
+from rheo_offload.device import current_stream, is_cuda, on_stream, synchronize
 from rheo_offload.errors import GraphError
 
 logger = logging.getLogger("rheo_offload")
@@ -118,7 +118,9 @@ class GraphRunner:
         return [key for key, state in self._graphs.items() if state.graph is not None]
 
     def close(self) -> None:
-        """Let every graph go."""
+        """Let every graph go, once the last replay is done: it runs in memory that a graph owns."""
+        if self.captured:
+            synchronize(self.device)
         self._graphs.clear()
         self._pool = None
 

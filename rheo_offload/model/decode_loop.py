@@ -88,6 +88,8 @@ class DecodeLoop:
         order = [known.index(type(p)) for p in processors if type(p) is not self.own_logits]
         if config.do_sample and order != sorted(set(order)):
             return "it applies temperature, top-k and top-p once each, in this order"
+        if any(type(p) is TopPLogitsWarper and p.top_p == 0 for p in processors):
+            return "it has no top_p of 0 (temperature 0 is greedy)"
         if not has_sampler(model):
             return f"it takes {largest_vocabulary()} logits a row at most"
         asked = [name for name in KEPT_ASIDE if getattr(config, name, None)]

@@ -30,7 +30,7 @@ from rheo_offload.model.hf_cache import RheoCache
 from rheo_offload.model.prefill import prefill_rows
 from rheo_offload.model.self_test import self_test
 from rheo_offload.model.specs import config_problems, layer_specs, max_positions, text_config
-from rheo_offload.selection.policy import METHODS, make_policy
+from rheo_offload.selection.policy import METHODS, make_policy, make_selector
 
 logger = logging.getLogger("rheo_offload")
 
@@ -53,14 +53,15 @@ class RheoHandle:
         self._store: HostStore | None = None
         self._caches: weakref.WeakSet[RheoCache] = weakref.WeakSet()
         self._last: RheoCache | None = None
+        self.on_executor: Callable[[Executor], None] | None = None
+        """Told of the executor of every cache that takes its memory."""
         beyond = [i for i in config.selection.dense_layers if i >= len(self.specs)]
         if beyond:
             raise ConfigError(
                 f"selection.dense_layers names layers {beyond}; the model has {len(self.specs)}"
             )
-        if config.selection.params:
-            names = ", ".join(sorted(config.selection.params))
-            raise ConfigError(f"selection.params: method {config.selection.method!r} takes none, not {names}")
+        selection, size = config.selection, config.cache.block_size
+        self._selector = make_selector(selection.method, selection.params, block_size=size)
 
     @property
     def model(self) -> PreTrainedModel:
@@ -155,7 +156,7 @@ class RheoHandle:
         config = resolve_auto(self.config, context_len_tokens=length, device_type=device.type)
         size = config.cache.block_size
         max_blocks = -(-length // size)
-        selector = METHODS[config.selection.method]()
+        selector = self._selector
         block_budget = _as_int(config.selection.token_budget) // size
         policy = make_policy(
             selector=selector,
@@ -193,7 +194,7 @@ class RheoHandle:
 
         floor = capacity_floor(block_budget, max_blocks, 1.0)
         cache = allocate_shrinking(allocate, capacity_for(max_blocks), floor)
-        return Executor(
+        executor = Executor(
             cache,
             selector,
             policy,
@@ -203,6 +204,9 @@ class RheoHandle:
             audit_every=config.audit.every,
             capacity_for=capacity_for,
         )
+        if self.on_executor is not None:
+            self.on_executor(executor)
+        return executor
 
     def _capacity(
         self,

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from rheo_offload.device import Event, empty_pinned, event
+from rheo_offload.device import Event, current_stream, empty_pinned, event
 from rheo_offload.errors import CacheError, GraphError
 from rheo_offload.execution.graph import GraphRunner, buckets_for
 from rheo_offload.execution.sampler import Sampler, SamplingParams
@@ -123,7 +123,7 @@ class Stepper:
         number, place = self.launched, self.launched % STEPS_IN_FLIGHT
         self.launched += 1
         self._arrived[place].copy_(self.report, non_blocking=True)
-        self._events[place].record()
+        self._events[place].record(current_stream(self.ids.device))  # type: ignore[arg-type]
         return number
 
     def read(self, number: int) -> StepTokens:

@@ -186,6 +186,13 @@ def test_what_can_never_run_is_refused_and_nothing_changes():
     assert model.rheo._store.pages_in_use == 0
 
 
+def test_a_closed_engine_says_so():
+    engine = Engine(tight_model(), max_rows=1, max_context_tokens=64)
+    engine.close()
+    with pytest.raises(EngineError, match="closed"):
+        engine.step()
+
+
 def test_a_long_run_takes_no_more_memory():
     """Fifty requests through two rows: pages, tables and captures are the same in the end as after the first."""
     model = tight_model()

@@ -203,3 +203,28 @@ def test_an_engine_over_a_model_with_other_attention_answers_nothing():
         assert [r.output_ids for r in late] == [[], []]
     with pytest.raises(CacheError, match="'eager'"):
         alone(model, ids_of(60), 4)
+
+
+def test_a_callback_that_raises_fails_its_own_request():
+    model = tight_model()
+    with Engine(model, max_rows=2, max_context_tokens=128) as engine:
+
+        def broken_pipe(request, token):
+            if len(request.output_ids) == 3:
+                raise OSError("the reader has gone")
+
+        gone = engine.submit(ids_of(40, seed=1), params(10), on_token=broken_pipe)
+        stays = engine.submit(ids_of(40, seed=2), params(10))
+        engine.run()
+        assert gone.state is State.FAILED and "reader" in str(gone.error) and len(gone.output_ids) == 3
+        assert stays.output_ids == alone(model, ids_of(40, seed=2), 10)
+
+
+def test_a_prompt_is_what_it_was_when_it_was_submitted():
+    model = tight_model()
+    with Engine(model, max_rows=1, max_context_tokens=128) as engine:
+        buffer = ids_of(40).clone()
+        request = engine.submit(buffer, params(5))
+        buffer.fill_(9)
+        engine.run()
+        assert request.output_ids == alone(model, ids_of(40), 5)

@@ -6,7 +6,8 @@ from transformers import GenerationConfig, LogitsProcessor, StoppingCriteria, Te
 from transformers.generation import MaxLengthCriteria, MaxTimeCriteria, TopKLogitsWarper, TopPLogitsWarper
 
 from rheo_offload import CacheError, offload
-from rheo_offload.errors import GraphError
+from rheo_offload.engine.engine import Engine
+from rheo_offload.errors import EngineError, GraphError
 from rheo_offload.execution.sampler import Sampler, SamplingParams
 from rheo_offload.metrics.clock import RunClock
 from rheo_offload.model.decode_loop import DecodeLoop, stepper_of
@@ -236,3 +237,5 @@ def test_a_vocabulary_beyond_the_sampler_runs_in_transformers_loop(monkeypatch):
     monkeypatch.setattr("csrc_free_kernels.reference.sample_greedy.MAX_VOCABULARY", 96)
     assert torch.equal(greedy(model, prompt(150), decode_tail_tokens=9), expected)
     assert model.rheo._last.stepper is None
+    with pytest.raises(EngineError, match="96"):
+        Engine(model, max_rows=1, max_context_tokens=64)
