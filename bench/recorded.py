@@ -12,10 +12,11 @@ from typing import Any, Self
 import numpy as np
 from numpy.typing import NDArray
 
+from rheo_offload.trace.mapping import start_steps, stream_map
+
 __all__ = ["Recording"]
 
 FORMAT = 1
-_MASK = (1 << 64) - 1
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -100,8 +101,7 @@ class Recording:
         """
         recorded = self.recorded_steps
         choices = recorded - steps + 1 if 2 * steps <= recorded else recorded
-        start = _hash(np.arange(rows), 1) % np.uint64(choices)
-        at = start.astype(np.int64)[None] + np.arange(steps)[:, None]
+        at = start_steps(rows, choices)[None] + np.arange(steps)[:, None]
         turn = max(1, 2 * recorded - 2)
         at %= turn
         return np.where(at < recorded, at, turn - at).astype(np.int32)
@@ -112,8 +112,7 @@ class Recording:
         A hash of the three numbers: neighbours play different layers and texts, and more rows leave the first ones as
         they are. All heads of a row are at the same step of their streams (`times`).
         """
-        layer, row, head = np.ogrid[:num_layers, :rows, :num_kv_heads]
-        return (_hash(layer << 40 | row << 16 | head, 2) % np.uint64(self.streams)).astype(np.int32)
+        return stream_map(self.streams, num_layers, num_kv_heads, rows)
 
     def index_map(self, num_layers: int, num_kv_heads: int, rows: int, steps: int) -> NDArray[np.int32]:
         """Return int32 [steps, num_layers, rows, num_kv_heads], indices into `base.reshape(-1, S)` (and `early`).
@@ -144,11 +143,3 @@ class Recording:
         forced as recent are then those of the recording, not the run's own last ones.
         """
         return self.times(rows, steps) + np.int32(self.meta["start_tokens"] + 1)
-
-
-def _hash(values: NDArray[Any], salt: int) -> NDArray[np.uint64]:
-    """Mix non-negative integers into 64 bits (the finaliser of splitmix64); the same on every machine."""
-    z = values.astype(np.uint64) + np.uint64((salt * 0x9E3779B97F4A7C15) & _MASK)
-    z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return z ^ (z >> np.uint64(31))

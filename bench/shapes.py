@@ -11,7 +11,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, PreTrain
 from rheo_offload.config import RheoConfig
 from rheo_offload.model.fused import fuse_as_configured
 from rheo_offload.model.specs import layer_specs, text_config
-from rheo_offload.selection.policy import METHODS
+from rheo_offload.selection.policy import make_selector
 from rheo_offload.types import LayerSpec
 
 
@@ -148,7 +148,8 @@ def step_cost(
         kv_bytes += rows * tokens * 2 * spec.num_kv_heads * spec.head_dim * itemsize
         attention_flops += rows * tokens * 4 * spec.num_q_heads * spec.head_dim
         if config is not None and not spec.is_sliding and spec.layer_idx not in config.selection.dense_layers:
-            size, selector = config.cache.block_size, METHODS[config.selection.method]()
+            size, selection = config.cache.block_size, config.selection
+            selector = make_selector(selection.method, selection.params, block_size=size)
             vectors = context_len_tokens // size * selector.summary_width(size)
             summary_bytes += rows * vectors * spec.num_kv_heads * spec.head_dim * itemsize
     weights = weight_bytes(model)

@@ -60,7 +60,9 @@ class CacheConfig:
 class SelectionConfig:
     """Which blocks a decode step attends to."""
 
-    method: Literal["full", "streaming", "mean_key", "infllm_v2", "quest"] = "mean_key"
+    method: Literal["full", "streaming", "mean_key", "infllm_v2", "quest", "moba", "arkvale", "lserve"] = (
+        "mean_key"
+    )
     """How blocks are scored. `full` drops nothing; `streaming` keeps sink and recent blocks only."""
     token_budget: int | Literal["auto"] = "auto"
     """Tokens attended per KV head and step, rounded down to whole blocks; `auto`: 4096, or 2048 when the
@@ -78,7 +80,7 @@ class SelectionConfig:
     dense_layers: tuple[int, ...] = ()
     """Indices of layers that attend to everything; each at least 0."""
     params: dict[str, Any] = field(default_factory=dict)
-    """The method's own parameters, checked by the method."""
+    """The method's own parameters, checked by the method when a model is offloaded (docs/selectors.md)."""
 
     def __post_init__(self) -> None:
         check_types(self, "selection")

@@ -20,6 +20,7 @@ LEVELS = [
     {"model"},
     {"engine"},
     {"", "eval"},
+    {"trace"},
     {"cli", "server"},
     {"__main__"},
 ]

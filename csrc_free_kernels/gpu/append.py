@@ -6,7 +6,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from csrc_free_kernels.gpu.summarize_chunk import TILE_ROWS, fold_keys, next_pass, start_summary, store_summary
+from csrc_free_kernels.gpu.summarize_chunk import (
+    TILE_ROWS,
+    fold_keys,
+    next_pass,
+    start_summary,
+    store_summary,
+)
 from csrc_free_kernels.gpu.victims import id_range_of, oldest_slot
 from csrc_free_kernels.reference.summarize_chunk import unit_tokens
 

@@ -18,9 +18,9 @@ from csrc_free_kernels.gpu.select import MAX_BLOCKS, MAX_WARPS, fold_heat, selec
 from csrc_free_kernels.gpu.victims import id_range_of
 from csrc_free_kernels.launch import launch_of
 from csrc_free_kernels.reference.decide import check_score
+from csrc_free_kernels.reference.score_minmax import check_minmax
 from csrc_free_kernels.reference.select import check_arguments
 
-WIDTHS = {"mean": 1, "minmax": 2}  # vectors that summarise a block
 LOGITS_PER_THREAD = 32  # that pooling holds at once
 TILE_BYTES = 32768  # of summaries that a program scores at once, less where a small batch is split further
 PROGRAMS = 528  # worth launching, four an SM
@@ -80,7 +80,7 @@ def decide_kernel(
         bounds(
             q, summary, host_table, seq_len, block_scores, softmax_scale, num_blocks, block_size, i_b, i_h,
             stride_qb, stride_qh, stride_sp, stride_sh, stride_sw, stride_tb, stride_bb, stride_bh,
-            G, G_P, D, D_P, TILE, UPCAST_DOT,
+            G, G_P, D, D_P, W, TILE, False, UPCAST_DOT,
         )  # fmt: skip
         is_last = arrive(arrivals + i_row)
     if is_last:
@@ -171,8 +171,10 @@ def decide(
         raise ValueError(f"decide handles up to {MAX_BLOCKS} blocks, not {num_blocks}")
     if score in ("given", "none"):
         q = summary = None
-    if summary is not None and summary.shape[2] != WIDTHS.get(score, summary.shape[2]):
-        raise ValueError(f"score {score!r} takes {WIDTHS[score]} vectors a block, not {summary.shape[2]}")
+    if summary is not None and score == "minmax":
+        check_minmax(summary, "max")
+    if summary is not None and score == "mean" and summary.shape[2] != 1:
+        raise ValueError(f"score 'mean' takes one vector a block, not {summary.shape[2]}")
     width, units = selected_blocks.shape[2], 1 if summary is None else summary.shape[2]
     group, dim = (1, 1) if q is None else (q.shape[1] // heads, q.shape[2])
     padded, pooled, dim_p = (triton.next_power_of_2(n) for n in (num_blocks, group, dim))
@@ -210,8 +212,9 @@ def decide_sizes(
     }
     if q is None or summary is None:
         return 1, sizes
-    vectors = 1 if score == "minmax" else summary.shape[2]  # summaries a block; minmax takes its two together
-    summary_bytes = summary.shape[2] // vectors * triton.next_power_of_2(q.shape[2]) * summary.element_size()
+    # minmax takes maxima and minima together, and a block's sub-units one after the other
+    vectors, held = (1, 2) if score == "minmax" else (summary.shape[2], 1)
+    summary_bytes = held * triton.next_power_of_2(q.shape[2]) * summary.element_size()
     splits = triton.next_power_of_2(triton.cdiv(use["programs"], heads))
     units = triton.next_power_of_2(padded * vectors)
     # 8 summaries a warp are the width of a matrix instruction

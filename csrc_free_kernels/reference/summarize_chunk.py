@@ -5,7 +5,6 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-
 VECTORS = {"mean": 1, "minmax": 2, "cuboid": 2}  # that summarise a sub-unit, one after the other
 
 

@@ -43,7 +43,7 @@ class FullLayer:
             rows: rows of the batch.
             max_blocks: logical blocks per row (N).
             capacity: slots per (row, KV head).
-            summary_kind: `none`, `mean` or `minmax`.
+            summary_kind: `none`, `mean`, `minmax` or `cuboid`.
             summary_width: summary vectors per block (W).
             max_pages: host pages that summaries must cover.
             device: of the pool.

@@ -4,6 +4,7 @@ import argparse
 from collections.abc import Callable
 
 from rheo_offload.config import RheoConfig, packaged_names
+from rheo_offload.selection.policy import make_selector
 
 
 def add_config_options(parser: argparse.ArgumentParser) -> None:
@@ -26,9 +27,13 @@ def config_from(args: argparse.Namespace) -> RheoConfig:
     """Return the configuration that `add_config_options` parsed.
 
     Raises:
-        ConfigError: the file or an override is refused.
+        ConfigError: the file, an override or a parameter of the method is refused.
     """
-    return RheoConfig.from_yaml(args.config).with_overrides(args.overrides)
+    config = RheoConfig.from_yaml(args.config).with_overrides(args.overrides)
+    # here already, so that a wrong parameter is refused before any weights are read
+    selection, size = config.selection, config.cache.block_size
+    make_selector(selection.method, selection.params, block_size=size)
+    return config
 
 
 def at_least(minimum: int) -> Callable[[str], int]:

@@ -21,7 +21,7 @@ from rheo_offload.execution.executor import STAGE_BLOCKS, STAGE_BYTES
 from rheo_offload.model.loader import DTYPES, PACKAGED_MODEL, prepare_packaged_model
 from rheo_offload.model.offload import DEVICE_RESERVE_BYTES
 from rheo_offload.model.specs import config_problems, layer_specs, max_positions, text_config
-from rheo_offload.selection.policy import METHODS
+from rheo_offload.selection.policy import make_selector
 from rheo_offload.types import LayerSpec
 
 GIB = 1 << 30
@@ -60,6 +60,7 @@ class Planner:
     def need(self, batch: int, context_len_tokens: int) -> Need:
         """Return what a batch of that many rows of that many tokens takes; the pool grows as configured."""
         config, size = self.config, self.config.cache.block_size
+        selector = make_selector(config.selection.method, config.selection.params, block_size=size)
         budget = int(config.selection.token_budget)
         max_blocks = -(-context_len_tokens // size)
         full = [s for s in self.specs if not s.is_sliding]
@@ -75,7 +76,7 @@ class Planner:
                 block_size=size,
                 block_budget=budget // size,
                 capacity_ratio=config.cache.capacity_ratio,
-                summary_width=METHODS[config.selection.method]().summary_width(size),
+                summary_width=selector.summary_width(size),
                 stage_blocks=max(1, min(STAGE_BLOCKS, max_blocks, STAGE_BYTES // block_bytes)),
                 dtype=self.dtype,
                 workspace_bytes=self.workspace_bytes,

@@ -8,17 +8,26 @@ from typing import Any, ClassVar, Literal, Protocol
 
 import torch
 
-SummaryKind = Literal["none", "mean", "minmax"]
+from rheo_offload.config_checks import require
+
+SummaryKind = Literal["none", "mean", "minmax", "cuboid"]
 Normalise = Literal["none", "sum", "softmax"]
 ScoreKind = Literal["none", "mean", "windows", "minmax", "given"]
 
 
 class Selector(Protocol):
-    """One selection method. Implementations are stateless and shared by all layers."""
+    """One selection method. Implementations are stateless and shared by all layers.
+
+    A method with parameters is a frozen dataclass; its fields are the keys of `selection.params`.
+    """
 
     name: ClassVar[str]
-    summary_kind: ClassVar[SummaryKind]
-    """What `append` and `summarize_chunk` write for this method."""
+
+    @property
+    def summary_kind(self) -> SummaryKind:
+        """What `append` and `summarize_chunk` write for this method."""
+        ...
+
     normalise: ClassVar[Normalise]
     """How block scores become heat."""
     query_aware: ClassVar[bool]
@@ -27,7 +36,11 @@ class Selector(Protocol):
     """Which scorer the op `decide` runs in its own launch; `given`: none has been built in, call `score` first."""
 
     def summary_width(self, block_size: int) -> int:
-        """Return the number of D-wide summary vectors per block (W)."""
+        """Return the number of D-wide summary vectors per block (W).
+
+        Raises:
+            ConfigError: the method's parameters do not go with that block size.
+        """
         ...
 
     def score(
@@ -46,6 +59,19 @@ class Selector(Protocol):
     ) -> None:
         """Write the score of every block of every row into `block_scores` [B, Hkv, N] fp32; higher = keep."""
         ...
+
+
+def pages_of(block_size: int, page_size: int | Literal["block"]) -> int:
+    """Return how many logical pages of `page_size` tokens a block holds.
+
+    Raises:
+        ConfigError: the page is not a power of two, 4 to the block size.
+    """
+    tokens = block_size if page_size == "block" else page_size
+    valid = 4 <= tokens <= block_size and tokens & (tokens - 1) == 0
+    allowed = f"block, or a power of two, 4 to cache.block_size ({block_size})"
+    require(valid, "selection.params.page_size", allowed, page_size)
+    return block_size // tokens
 
 
 def normalised(block_scores: torch.Tensor, how: Normalise) -> torch.Tensor:

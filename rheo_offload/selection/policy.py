@@ -1,14 +1,51 @@
-"""How a token budget becomes numbers of blocks, and the table of methods."""
+"""How a token budget becomes numbers of blocks, the table of methods, and a method from its parameters."""
 
+import dataclasses
+import difflib
+from collections.abc import Mapping
+from typing import Any
+
+from rheo_offload.errors import ConfigError
+from rheo_offload.selection.arkvale import ArkVale
 from rheo_offload.selection.base import Selector
 from rheo_offload.selection.full import Full
 from rheo_offload.selection.infllm_v2 import InfLLMV2
+from rheo_offload.selection.lserve import LServe
 from rheo_offload.selection.mean_key import MeanKey
+from rheo_offload.selection.moba import MoBA
 from rheo_offload.selection.quest import Quest
 from rheo_offload.selection.streaming import Streaming
 from rheo_offload.types import Policy
 
-METHODS: dict[str, type[Selector]] = {m.name: m for m in (Full, InfLLMV2, MeanKey, Quest, Streaming)}
+METHODS: dict[str, type[Selector]] = {
+    m.name: m for m in (ArkVale, Full, InfLLMV2, LServe, MeanKey, MoBA, Quest, Streaming)
+}
+
+
+def make_selector(method: str, params: Mapping[str, Any], *, block_size: int) -> Selector:
+    """Return the method with its parameters, checked against the block size too.
+
+    Args:
+        method: a key of `METHODS`.
+        params: `selection.params`; what is left out keeps the method's default.
+        block_size: tokens in a block.
+
+    Raises:
+        ConfigError: a parameter the method does not take (the nearest one is named), of the wrong type, out of
+            range, or at odds with the block size.
+    """
+    cls: Any = METHODS[method]
+    known = [f.name for f in dataclasses.fields(cls)] if dataclasses.is_dataclass(cls) else []
+    unknown = sorted(set(params) - set(known))
+    if unknown and not known:
+        raise ConfigError(f"selection.params: method {method!r} takes none, not {', '.join(unknown)}")
+    if unknown:
+        nearest = difflib.get_close_matches(unknown[0], known, n=1, cutoff=0.5)
+        hint = f"did you mean 'selection.params.{nearest[0]}'?" if nearest else f"it takes {', '.join(known)}"
+        raise ConfigError(f"method {method!r} has no 'selection.params.{unknown[0]}'; {hint}")
+    selector: Selector = cls(**params)
+    selector.summary_width(block_size)
+    return selector
 
 
 def make_policy(

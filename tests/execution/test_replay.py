@@ -14,7 +14,7 @@ from rheo_offload import offload
 from tests.helpers.homes import DEVICE
 from tests.helpers.tiny_model import FAMILIES, tiny_model
 from tests.model.test_families import batch
-from tests.test_end_to_end import sparse_config
+from tests.test_end_to_end import METHODS, sparse_config
 
 STEPS = 40  # crosses block boundaries (claims, evictions) and the fill of the sliding windows
 
@@ -60,14 +60,28 @@ class Recorder:
         return call
 
 
-@pytest.mark.parametrize("method", ["mean_key", "infllm_v2", "quest", "streaming", "full"])
+class RecordedSelector:
+    """Notes a method's `score`, with whatever it does besides calling ops, as one call."""
+
+    def __init__(self, inner, recorder, ops):
+        self.inner, self.ops, self.note = inner, ops, recorder._wrap(inner.score)
+
+    def __getattr__(self, name):
+        return getattr(self.inner, name)
+
+    def score(self, ops, *args, **kwargs):
+        self.note(self.ops, *args, **kwargs)
+
+
+@pytest.mark.parametrize("method", METHODS)
 def test_recorded_layer_replays(method):
     """Record one step of both layers, then replay the calls with new q, k, v and clocks: equal to the eager twin."""
     model = offload(tiny_model("llama"), sparse_config(method, audit={"every": 0}))
     eager, recorded = prefilled(model), prefilled(model)
-    recorder = Recorder(recorded.executor.ops)
-    recorded.executor.ops = recorder
     ex = recorded.executor
+    recorder = Recorder(ex.ops)
+    ex.selector = RecordedSelector(ex.selector, recorder, ex.ops)
+    ex.ops = recorder
     rows = ex.cache.rows
     calls = [
         SimpleNamespace(

@@ -17,7 +17,8 @@ def score_inputs(B, Hkv, G, D, C, N, W, seq_lens, dtype, *, minmax=False) -> dic
         host_table[b, : -(-seq_len // C)] = pages[b, : -(-seq_len // C)]
         for u in range(seq_len // unit):
             if minmax:
-                summary[pages[b, u]] = torch.randn(Hkv, 2, D).sort(dim=1, descending=True).values.to(dtype)
+                pairs = torch.randn(Hkv, W // 2, 2, D).sort(dim=2, descending=True).values
+                summary[pages[b, u]] = pairs.flatten(1, 2).to(dtype)
             else:
                 summary[pages[b, u // W], :, u % W] = torch.randn(Hkv, D).to(dtype)
     q = (2 * torch.randn(B, Hkv * G, D)).to(dtype)
@@ -29,7 +30,7 @@ def score_inputs(B, Hkv, G, D, C, N, W, seq_lens, dtype, *, minmax=False) -> dic
     }
 
 
-def run_score(fn, device, inputs, *, block_size, softmax_scale) -> Tensor:
+def run_score(fn, device, inputs, *, block_size, softmax_scale, **kw) -> Tensor:
     """Run a scorer over NaN-poisoned scratch and output; returns block_scores."""
     q, summary, host_table, seq_lens = (t.to(device) for t in inputs.values())
     (rows, blocks), heads, units = host_table.shape, summary.shape[1], host_table.shape[1] * summary.shape[2]
@@ -39,7 +40,7 @@ def run_score(fn, device, inputs, *, block_size, softmax_scale) -> Tensor:
     arrivals = torch.zeros(rows, heads, dtype=torch.int32, device=device)
     fn(
         q, summary, host_table, seq_lens, logits, arrivals, scores,
-        softmax_scale=softmax_scale, block_size=block_size,
+        softmax_scale=softmax_scale, block_size=block_size, **kw,
     )  # fmt: skip
     assert not arrivals.any(), "the counters are left at zero for the next call"
     return scores

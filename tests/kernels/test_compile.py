@@ -110,9 +110,9 @@ class World:
         tables = (self.rows, self.host_table, self.slot_of)
         return (0, *tables, self.host_blocks, self.pool_blocks, self.staging, self.total), {"block_size": 64}
 
-    def score(self):
+    def score(self, **kw):
         args = (self.q, self.summary, self.host_table, self.rows, self.logits, self.num_selected, self.scores)
-        return args, {"softmax_scale": 0.1, "block_size": 64}
+        return args, {"softmax_scale": 0.1, "block_size": 64} | kw
 
     def select(self, normalise):
         policy = {"sink_blocks": 1, "recent_blocks": 16, "query_blocks": 24, "agnostic_blocks": 23}
@@ -212,15 +212,25 @@ CASES = {
     "append-none": ("append", lambda: World().append("none"), (90,), False),
     "append-mean": ("append", lambda: World().append("mean"), (80, 90), False),
     "append-minmax": ("append", lambda: World(W=2).append("minmax"), (90,), False),
+    "append-minmax-pages": ("append", lambda: World(W=8).append("minmax"), (90,), False),
+    "append-cuboid": ("append", lambda: World(W=2).append("cuboid"), (80, 90), False),
     "append_chunk": ("append_chunk", lambda: World().append_chunk(), (80, 90), True),
     "summarize_chunk-mean": ("summarize_chunk", lambda: World().summarize_chunk("mean"), (80, 90), False),
     "summarize_chunk-minmax": ("summarize_chunk", lambda: World(W=2).summarize_chunk("minmax"), (90,), False),
+    "summarize_chunk-cuboid": (
+        "summarize_chunk",
+        lambda: World(W=2).summarize_chunk("cuboid"),
+        (80, 90),
+        False,
+    ),
     "ring_append": ("ring_append", lambda: World().ring_append(), (80, 90), True),
     "gather": ("gather", lambda: World().gather(), (80, 90), True),
     "stage": ("stage", lambda: World().stage(), (80, 90), True),
     "score_mean": ("score_mean", lambda: World(W=1).score(), (80, 90), False),
     "score_windows": ("score_windows", lambda: World().score(), (80, 90), False),
     "score_minmax": ("score_minmax", lambda: World(W=2).score(), (80, 90), False),
+    "score_minmax-pages": ("score_minmax", lambda: World(W=8).score(), (80, 90), False),
+    "score_minmax-mean": ("score_minmax", lambda: World(W=2).score(group_by="mean"), (80, 90), False),
     "select-sum": ("select", lambda: World().select("sum"), (80, 90), False),
     "select-softmax": ("select", lambda: World().select("softmax"), (90,), False),
     "sample": ("sample", lambda: World().sample(), (80, 90), True),
@@ -249,6 +259,12 @@ CASES = {
     "decide-mean-n16384": ("decide", lambda: World(W=1, N=16384).decide("mean"), (90,), True),
     "decide-windows": ("decide", lambda: World().decide("windows"), (80, 90), True),
     "decide-minmax": ("decide", lambda: World(W=2).decide("minmax", normalise="softmax"), (80, 90), True),
+    "decide-minmax-pages": (
+        "decide",
+        lambda: World(W=8).decide("minmax", normalise="softmax"),
+        (80, 90),
+        True,
+    ),
     "decide-given": ("decide", lambda: World().decide("given"), (90,), False),
     "decide-none": (
         "decide",

@@ -26,6 +26,7 @@ CASES = {
     "windows-many": ("windows", 1, 5, 64, 20, 16, (1, 2, 9, 4), [800, 613], "sum", BF16),
     "minmax": ("minmax", 2, 4, 64, 9, 6, (1, 2, 2, 1), [100, 0, 97, 9], "softmax", FP32),
     "minmax-many": ("minmax", 1, 8, 128, 20, 16, (1, 2, 9, 4), [900, 613], "softmax", BF16),
+    "minmax-pages": ("minmax-pages", 2, 4, 64, 9, 6, (1, 2, 2, 1), [100, 0, 97, 9], "softmax", FP32),
     "given": ("given", 2, 4, 64, 9, 6, (1, 2, 2, 1), [100, 0, 97, 9], "sum", FP32),
     "given-query-only": ("given", 1, 1, 64, 9, 6, (1, 2, 3, 0), [200, 111], "none", FP32),
     "none-heat-only": ("none", 1, 1, 64, 9, 6, (1, 2, 0, 3), [200, 111], "none", FP32),
@@ -34,7 +35,7 @@ CASES = {
 }
 # A million tokens in blocks of 64 have as many blocks.
 LONG = ("given", 1, 1, 8, 70, 64, (1, 16, 24, 23), [16384 * C - 3], "sum", FP32)
-WIDTHS = {"mean": 1, "windows": 4, "minmax": 2}
+WIDTHS = {"mean": 1, "windows": 4, "minmax": 2, "minmax-pages": 8}
 
 
 @dataclasses.dataclass
@@ -63,7 +64,8 @@ def build(case: str, *, resident: float = 0.6, ties: bool = False, tail_resident
     rows, blocks = pools.host_table.shape
     names = ("sink_blocks", "recent_blocks", "query_blocks", "agnostic_blocks")
     kw = dict(zip(names, shares, strict=True)) | {
-        "score": score, "softmax_scale": dim**-0.5, "block_size": C, "heat_decay": 0.75, "normalise": normalise,
+        "score": score.removesuffix("-pages"), "softmax_scale": dim**-0.5, "block_size": C,
+        "heat_decay": 0.75, "normalise": normalise,
     }  # fmt: skip
     exists = torch.arange(blocks) < -(-pools.seq_lens[:, None] // C)
     heat = scores = q = summary = None
@@ -83,14 +85,14 @@ def summaries(pools, score, heads, dim, seq_lens, dtype) -> torch.Tensor:
     """Random summaries of what is finished, NaN elsewhere."""
     width = WIDTHS[score]
     summary = torch.full((len(pools.host), heads, width, dim), torch.nan, dtype=dtype)
-    unit = C // width if score == "windows" else C
+    unit = C if score.startswith("minmax") else C // width
     for b, seq_len in enumerate(seq_lens):
         for u in range(seq_len // unit):
-            if score == "windows":
-                summary[pools.host_table[b, u // width], :, u % width] = torch.randn(heads, dim).to(dtype)
+            if score.startswith("minmax"):
+                pairs = torch.randn(heads, width // 2, 2, dim).sort(dim=2, descending=True).values
+                summary[pools.host_table[b, u]] = pairs.flatten(1, 2).to(dtype)
             else:
-                values = torch.randn(heads, width, dim).sort(dim=1, descending=True).values
-                summary[pools.host_table[b, u]] = values.to(dtype)
+                summary[pools.host_table[b, u // width], :, u % width] = torch.randn(heads, dim).to(dtype)
     return summary
 
 

@@ -16,6 +16,11 @@ CASES = {
     "sub-units": (1, 96, 16, [6, 13], 27, torch.float16, "mean", 4),
     "minmax": (2, 80, 16, [3, -5], 33, torch.bfloat16, "minmax", 2),
     "minmax-fp32": (1, 64, 32, [31], 40, torch.float32, "minmax", 2),
+    "minmax-sub-units": (2, 80, 32, [3, 21], 50, torch.bfloat16, "minmax", 4),
+    "minmax-sub-units-fp32": (1, 64, 16, [-2, 5], 39, torch.float32, "minmax", 8),
+    "cuboid": (2, 80, 16, [3, -5], 33, torch.bfloat16, "cuboid", 2),
+    "cuboid-fp32": (1, 64, 32, [31], 40, torch.float32, "cuboid", 2),
+    "cuboid-sub-units": (1, 96, 32, [6, 13], 60, torch.float16, "cuboid", 4),
     "one-token-completes": (2, 64, 8, [7, 15], 1, torch.float32, "mean", 1),
     "real-size": (2, 128, 64, [50], 90, torch.bfloat16, "mean", 4),
 }
@@ -43,11 +48,32 @@ def test_summarize_chunk(op, device, case):
 
     truth, plain = outcome(reference, "cpu", torch.float64), outcome(reference, "cpu")
     assert_close_where_written(outcome(op, device), truth, plain, dtype)
-    unit = size // width if kind == "mean" else size
+    vectors = 1 if kind == "mean" else 2
+    unit = size * vectors // width
     completed = sum(
         max(n, 0) // unit - max(first, 0) // unit for n, first in zip(seq_lens, start, strict=True)
     )
-    assert int((~torch.isnan(truth)).sum()) == completed * heads * dim * (1 if kind == "mean" else 2)
+    assert int((~torch.isnan(truth)).sum()) == completed * heads * dim * vectors
+
+
+@pytest.mark.parametrize("kind", ["minmax", "cuboid"])
+def test_reference_is_the_definition(kind):
+    """Page by page: the extremes of its keys, or their middle and how far the keys are from it on average."""
+    pools = make_pools(1, 16, 8, [24], slots=2, dtype=torch.float64)
+    keys = torch.cat([pools.k_host[int(page), 0] for page in pools.host_table[0, :3]])
+    summary = poison(len(pools.host), 1, 4, 16, dtype=torch.float64, device="cpu")
+    reference(keys[None, None], torch.tensor([0]), pools.host_table, pools.k_host, summary, summary_kind=kind)
+    for u in range(6):  # two pages of four tokens a block
+        high, low = summary[pools.host_table[0, u // 2], 0, u % 2 * 2 : u % 2 * 2 + 2]
+        for d in range(16):
+            values = [float(x) for x in keys[4 * u : 4 * u + 4, d]]
+            top, bottom = max(values), min(values)
+            if kind == "cuboid":
+                centre = (top + bottom) / 2
+                radius = sum(abs(x - centre) for x in values) / 4
+                top, bottom = centre + radius, centre - radius
+            assert float(high[d]) == pytest.approx(top, rel=1e-12)
+            assert float(low[d]) == pytest.approx(bottom, rel=1e-12)
 
 
 def test_equals_append():
