@@ -53,12 +53,12 @@ class HostStore:
         page_bytes: size of a page.
         max_pages: pages in the address range, the scratch page included.
         pin: register the memory with CUDA.
-        growth_pages: how many pages beyond the one needed are made usable at a time, so that growing is rare.
+        growth_pages: how many pages beyond those needed are made usable at a time at most, so that growing is rare.
         tokens_per_page: only for messages: lets an error name the longest context that fits.
         touch_threads: see `HostRange`.
 
     Raises:
-        HostMemoryError: the range cannot be reserved, or the first `1 + growth_pages` pages cannot be pinned.
+        HostMemoryError: the range cannot be reserved, or its first pages cannot be pinned.
     """
 
     def __init__(
@@ -239,9 +239,10 @@ class HostStore:
         self.close()
 
     def _make_usable(self, end: int) -> None:
-        """Make the pages below `end` usable; grow ahead only when there is something to grow for."""
+        """Make the pages below `end` usable, and as many again up to `growth_pages`: a small run touches little."""
         if end * self.page_bytes > self._range.usable_bytes:
-            self._range.ensure(min(end + self._growth_pages, self.max_pages) * self.page_bytes)
+            ahead = min(self._growth_pages, end)
+            self._range.ensure(min(end + ahead, self.max_pages) * self.page_bytes)
 
     def _page(self, page: int) -> Tensor:
         return self._range.tensor[page * self.page_bytes : (page + 1) * self.page_bytes]

@@ -21,7 +21,9 @@ def run(family, method, device):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("method", ["mean_key", "infllm_v2", "quest", "moba", "arkvale", "lserve", "streaming"])
+@pytest.mark.parametrize(
+    "method", ["mean_key", "infllm_v2", "quest", "moba", "arkvale", "lserve", "streaming"]
+)
 @pytest.mark.parametrize("family", ["llama", "gemma3"])
 def test_gpu_equals_cpu(family, method):
     tokens, blocks, counters = run(family, method, "cuda")
