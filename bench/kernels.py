@@ -131,7 +131,7 @@ class Step:
         query = (s.budget - 1 - recent) // 2
         self.policy = {
             "block_size": s.block_size, "sink_blocks": 1, "recent_blocks": recent, "query_blocks": query,
-            "agnostic_blocks": s.budget - 1 - recent - query, "heat_decay": 1.0, "normalise": "sum",
+            "agnostic_blocks": s.budget - 1 - recent - query, "heat_decay": 0.98, "normalise": "sum",
         }  # fmt: skip
         self.split()
         for layer in self.layers:  # the loads of the first step are pretended: every block is resident then
