@@ -19,7 +19,7 @@ LAYERS = 32
 STATE_BYTES = 200 * 2**20  # of states a graph visits at least: four times the L2 cache of an H100
 REPLAYS = 20
 STEPS_BETWEEN = 4  # of a settling step, between two times that its load list is emptied
-SETTLING_ROUNDS = 80  # of those: 0.98 ** 320 leaves nothing of the heat that a layer began with
+SETTLING_ROUNDS = 80  # of those: 0.9 ** 320 leaves nothing of the heat that a layer began with
 QUICK_SHAPE = {"heads": 2, "group": 2, "dim": 32, "block_size": 16, "budget": 4, "capacity": 6}
 
 
@@ -131,7 +131,7 @@ class Step:
         query = (s.budget - 1 - recent) // 2
         self.policy = {
             "block_size": s.block_size, "sink_blocks": 1, "recent_blocks": recent, "query_blocks": query,
-            "agnostic_blocks": s.budget - 1 - recent - query, "heat_decay": 0.98, "normalise": "sum",
+            "agnostic_blocks": s.budget - 1 - recent - query, "heat_decay": 0.9, "normalise": "sum",
         }  # fmt: skip
         self.split()
         for layer in self.layers:  # the loads of the first step are pretended: every block is resident then
