@@ -24,7 +24,7 @@ from rheo_offload.engine.request import Request, State
 from rheo_offload.engine.scheduler import Scheduler
 from rheo_offload.errors import EngineError, HostMemoryError, NonFiniteError, RequestError
 from rheo_offload.execution.graph import buckets_for
-from rheo_offload.execution.sampler import Sampler, SamplingParams, largest_vocabulary
+from rheo_offload.execution.sampler import SamplingParams, largest_vocabulary
 from rheo_offload.model.decode_loop import has_sampler
 from rheo_offload.model.prefill import prefill_piece
 from rheo_offload.model.stepper import MAX_STOP_IDS, Stepper
@@ -88,15 +88,7 @@ class Engine:
         self._ex = self.cache.open(rows, self.max_context_tokens, model.dtype, model.device)
         self._kv = self._ex.cache
         self._kv.active.zero_()
-        vocabulary = model.get_output_embeddings().weight.shape[0]
-        self.stepper = Stepper(
-            model,
-            self.cache,
-            Sampler(rows, vocabulary, self._kv.device, self._ex.ops),
-            graph=model.rheo.config.execution.graph != "off",
-            retire=True,
-            on_capture=self._on_capture,
-        )
+        self.stepper = Stepper.over(model, self.cache, retire=True, on_capture=self._on_capture)
         store = self._kv.store
         self.scheduler = Scheduler(
             rows,

@@ -22,7 +22,7 @@ from transformers.generation import (
 
 from rheo_offload.device import is_cuda
 from rheo_offload.errors import NonFiniteError
-from rheo_offload.execution.sampler import Sampler, SamplingParams, largest_vocabulary
+from rheo_offload.execution.sampler import SamplingParams, largest_vocabulary
 from rheo_offload.metrics.clock import RunClock
 from rheo_offload.model.hf_cache import RheoCache
 from rheo_offload.model.stepper import MAX_STOP_IDS, Stepper, StepTokens
@@ -167,11 +167,7 @@ def has_sampler(model: Any) -> bool:
 def stepper_of(model: Any, cache: RheoCache) -> Stepper:
     """Return the stepper of a cache that holds a prompt; made on first use and kept, graphs included."""
     if cache.stepper is None:
-        kv = cache.executor.cache
-        vocabulary = model.get_output_embeddings().weight.shape[0]
-        sampler = Sampler(kv.rows, vocabulary, kv.device, cache.executor.ops)
-        graph = model.rheo.config.execution.graph != "off"
-        cache.stepper = Stepper(model, cache, sampler, graph=graph)
+        cache.stepper = Stepper.over(model, cache)
     assert isinstance(cache.stepper, Stepper)
     return cache.stepper
 

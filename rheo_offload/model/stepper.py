@@ -83,6 +83,20 @@ class Stepper:
         self.runner = GraphRunner(device, buckets_for(rows), enabled=graph, on_capture=on_capture)
         self._weights = self._fingerprint()
 
+    @classmethod
+    def over(cls, model: Any, cache: RheoCache, **kwargs: Any) -> "Stepper":
+        """Make a stepper with a sampler for the model's vocabulary and graphs as its configuration says.
+
+        Args:
+            model: an offloaded model.
+            cache: of this model, not empty.
+            kwargs: `retire`, `prologue`, `on_capture`.
+        """
+        kv = cache.executor.cache
+        vocabulary = model.get_output_embeddings().weight.shape[0]
+        sampler = Sampler(kv.rows, vocabulary, kv.device, cache.executor.ops)
+        return cls(model, cache, sampler, graph=model.rheo.config.execution.graph != "off", **kwargs)
+
     @property
     def model(self) -> Any:
         """The model whose steps these are."""
