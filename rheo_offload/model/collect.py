@@ -23,15 +23,15 @@ def collect_stats(cache: RheoCache, specs: Sequence[LayerSpec]) -> Stats:
             blocks_read[purpose] += blocks * layer.layout.block_bytes
     selected, hits, forced, forced_hits, evictions = counters.tolist()
     masses = list(ex.audit.per_layer().values())
-    gaps = np.diff(clock.times) * 1e3
-    seconds = clock.times[-1] - clock.times[0] if len(clock.times) > 1 else 0.0
+    gaps = np.array(clock.gaps) * 1e3
+    seconds = clock.last - clock.first if clock.first is not None else 0.0
     token_bytes = sum(2 * s.num_kv_heads * s.head_dim for s in specs) * kv.dtype.itemsize
     offloaded = sum(2 * s.num_kv_heads * s.head_dim for s in specs if not s.is_sliding) * kv.dtype.itemsize
     return Stats(
         prompt_tokens=clock.prompt_tokens,
         new_tokens=clock.generated,
         decode_steps=ex.decode_steps,
-        ttft_ms=(clock.times[0] - clock.started) * 1e3 if clock.times else None,
+        ttft_ms=(clock.first - clock.started) * 1e3 if clock.first is not None else None,
         itl_p50_ms=float(np.percentile(gaps, 50)) if len(gaps) else None,
         itl_p95_ms=float(np.percentile(gaps, 95)) if len(gaps) else None,
         decode_tps=(clock.generated - clock.rows) / seconds if seconds else None,

@@ -180,7 +180,7 @@ def _run_stock(
     )
     if watch.bad is not None and bool(watch.bad):
         raise NonFiniteError(
-            f"the model's logits were not finite at new token {len(clock.times)}; generation stopped"
+            f"the model's logits were not finite at new token {clock.ticks}; generation stopped"
         )
     made = (out if torch.is_tensor(out) else out.sequences)[:, ids.shape[1] :]
     pad = _option(model, kwargs, "pad_token_id")
