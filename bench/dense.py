@@ -4,6 +4,7 @@ One query per row, its group's heads folded into one product where the implement
 tensor, so that one graph serves every step. `fastest` times the implementations at the shape of a case, inside a graph.
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from typing import Any, ClassVar
 
@@ -26,7 +27,7 @@ SAMPLES = 5
 AGREEMENT = 2e-2  # relative difference of two bf16 implementations
 
 
-class Attention:
+class Attention(ABC):
     """Attention of one query per row over a cache; subclasses say how keys and values lie in memory."""
 
     name: ClassVar[str]
@@ -40,11 +41,11 @@ class Attention:
         """Allocate keys (or values) of a layer, [B, Hkv, L, D], whatever the strides."""
         return self.like.new_zeros(self.rows, *self.shape)
 
+    @abstractmethod
     def __call__(
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, lens: torch.Tensor, mask: Any, scale: float
     ) -> torch.Tensor:
         """Attend q [B, Hq, 1, D] to the first `lens[b]` tokens; returns [B, 1, Hq, D]."""
-        raise NotImplementedError
 
 
 class Sdpa(Attention):

@@ -10,6 +10,7 @@ All of it can be captured: the step counter, the miss rate and the ids are devic
 """
 
 import copy
+from abc import ABC, abstractmethod
 from dataclasses import replace
 from typing import Any
 
@@ -47,7 +48,7 @@ class GivenScores:
         )
 
 
-class Controlled:
+class Controlled(ABC):
     """Takes the selection of an executor over; subclasses fill `scores` [layers, B, Hkv, N]."""
 
     scores: Tensor
@@ -80,11 +81,11 @@ class Controlled:
         chosen = policy.block_budget - policy.sink_blocks - policy.recent_blocks
         return replace(policy, query_blocks=chosen, agnostic_blocks=0)
 
+    @abstractmethod
     def fill(self, executor: Executor) -> None:
         """Write the first scores."""
-        raise NotImplementedError
 
-    def prologue(self, rows: int) -> None:
+    def prologue(self, rows: int) -> None:  # noqa: B027  (most need nothing)
         """Launch what a step needs ahead of its forward."""
 
     def release(self) -> None:
@@ -139,7 +140,7 @@ class Frozen(Controlled):
             )
         self.rate.fill_(rate * self._scale)
 
-    def prologue(self, rows: int) -> None:
+    def prologue(self, rows: int) -> None:  # noqa: B027  (most need nothing)
         if not self.forced_misses:
             return
         self.steps += 1
@@ -190,7 +191,7 @@ class Recorded(Controlled):
             layer.heat.zero_()
             layer.heat.scatter_(-1, order[stream], falling.expand(*stream.shape, -1))
 
-    def prologue(self, rows: int) -> None:
+    def prologue(self, rows: int) -> None:  # noqa: B027  (most need nothing)
         """Write the scores of this step for all layers, in a few launches."""
         index = self.index.index_select(0, self.at)[0, :, :rows].long()
         self.scores[:, :rows].zero_()

@@ -326,8 +326,7 @@ class Engine:
         running = len(self.scheduler.running_rows)
         small = running > 0 and not self.scheduler.waiting
         fewer = small and self.stepper.runner.bucket_of(running) < self.scheduler.bucket()
-        bucket = self._rows_in_use()
-        short = small and bucket < self._kv.sharing_rows and self._kv.capacity < self._longest_blocks()
+        short = small and self._is_short_of_slots()
         self._steps_with_fewer = self._steps_with_fewer + 1 if fewer or short else 0
         if self._steps_with_fewer <= SETTLE_STEPS:
             return
@@ -337,9 +336,13 @@ class Engine:
             self.stepper.move_row(source, target)
             if target < self._kv.sharing_rows:
                 self._ex.warm(slice(target, target + 1))
-        bucket = self._rows_in_use()
-        if bucket < self._kv.sharing_rows and self._kv.capacity < self._longest_blocks():
-            self._share(bucket)
+        if self._is_short_of_slots():
+            self._share(self._rows_in_use())
+
+    def _is_short_of_slots(self) -> bool:
+        """Whether absent rows own slots that the longest present one could use."""
+        kv = self._kv
+        return self._rows_in_use() < kv.sharing_rows and kv.capacity < kv.blocks_of(max(kv.lengths))
 
     def _share(self, rows: int) -> None:
         """Deal the slots out to the first `rows` rows and load what they will want."""
@@ -352,9 +355,6 @@ class Engine:
         """The batch bucket that covers every row in use, those that are prefilled included; 0 when none is."""
         top = max((r.row for r in self.scheduler.active if r.row is not None), default=-1) + 1
         return self.stepper.runner.bucket_of(top) if top else 0
-
-    def _longest_blocks(self) -> int:
-        return self._kv.blocks_of(max(self._kv.lengths, default=0))
 
     # ---- when something breaks ---------------------------------------------------------------------------------------
 

@@ -17,6 +17,7 @@ from collections.abc import Callable, Sequence
 
 from rheo_offload.engine.request import FinishReason, Request, State
 from rheo_offload.errors import RequestError
+from rheo_offload.execution.graph import covering
 
 Chunk = tuple[Request, int, int]
 
@@ -282,10 +283,10 @@ def bucket_for(rows: int, buckets: Sequence[int]) -> int:
     Raises:
         RequestError: none does; the message names the largest batch that fits.
     """
-    for bucket in buckets:
-        if bucket >= rows:
-            return bucket
-    raise RequestError(
-        f"a batch of {rows} rows is larger than the largest bucket; at most {buckets[-1]} rows fit, "
-        f"lower the batch or add a bucket of {rows}"
-    )
+    bucket = covering(rows, buckets)
+    if bucket is None:
+        raise RequestError(
+            f"a batch of {rows} rows is larger than the largest bucket; at most {buckets[-1]} rows fit, "
+            f"lower the batch or add a bucket of {rows}"
+        )
+    return bucket

@@ -8,7 +8,7 @@ The graphs of all buckets share one memory pool: they never run at the same time
 """
 
 import logging
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -31,6 +31,11 @@ def buckets_for(rows: int) -> tuple[int, ...]:
         raise ValueError(f"a batch has at least one row, not {rows}")
     powers = [1 << i for i in range(rows.bit_length()) if 1 << i < rows]
     return (*powers, rows)
+
+
+def covering(rows: int, buckets: Sequence[int]) -> int | None:
+    """Return the smallest of the ascending `buckets` that covers `rows`; None when none does."""
+    return next((bucket for bucket in buckets if bucket >= rows), None)
 
 
 @dataclass(slots=True)
@@ -68,10 +73,12 @@ class GraphRunner:
         Raises:
             GraphError: more rows than the largest bucket.
         """
-        for bucket in self.buckets:
-            if rows <= bucket:
-                return bucket
-        raise GraphError(f"a step of {rows} rows is larger than the largest batch bucket, {self.buckets[-1]}")
+        bucket = covering(rows, self.buckets)
+        if bucket is None:
+            raise GraphError(
+                f"a step of {rows} rows is larger than the largest batch bucket, {self.buckets[-1]}"
+            )
+        return bucket
 
     def run(
         self, step: Step, rows: int, variant: Hashable = None, *, version: Hashable, eager: bool = False

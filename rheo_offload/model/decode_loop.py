@@ -117,7 +117,6 @@ class DecodeLoop:
         pad = config._pad_token_tensor
         stepper.pad_ids.fill_(int(pad) if pad is not None else 0)
         stepper.done.zero_()
-        stepper.sampler.bad.zero_()
         stepper.ids.copy_(input_ids[:, -1:])
         return stepper
 

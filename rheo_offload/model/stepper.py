@@ -173,7 +173,6 @@ class Stepper:
         self.ids[row, 0], self.remaining[row], self.stop_ids[row] = values[0], values[1], values[2:]
         self.done[row] = False
         self.sampler.set_row(row, params)
-        self.sampler.bad[row] = 0
         kv.active[row] = 1
 
     def move_row(self, source: int, target: int) -> None:
