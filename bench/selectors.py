@@ -140,7 +140,7 @@ class Frozen(Controlled):
             )
         self.rate.fill_(rate * self._scale)
 
-    def prologue(self, rows: int) -> None:  # noqa: B027  (most need nothing)
+    def prologue(self, rows: int) -> None:
         if not self.forced_misses:
             return
         self.steps += 1
@@ -191,7 +191,7 @@ class Recorded(Controlled):
             layer.heat.zero_()
             layer.heat.scatter_(-1, order[stream], falling.expand(*stream.shape, -1))
 
-    def prologue(self, rows: int) -> None:  # noqa: B027  (most need nothing)
+    def prologue(self, rows: int) -> None:
         """Write the scores of this step for all layers, in a few launches."""
         index = self.index.index_select(0, self.at)[0, :, :rows].long()
         self.scores[:, :rows].zero_()
