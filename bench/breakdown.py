@@ -1,7 +1,7 @@
 """Where the time of a step goes: kernel records of replayed graphs on a GPU, timed regions on the CPU.
 
-Parts are told apart by kernel name. `merge` includes the attention over the blocks that were just loaded, which is the
-same op; `exposed_transfer` is the gather's time during which no other kernel ran; `idle` is what is left of the step.
+Parts are told apart by kernel name. `attend` includes the loading of missing blocks and the attention over them, which
+are the same op; `gather` is a load ahead of it. `idle` is what is left of the step.
 """
 
 import re
@@ -19,8 +19,8 @@ PATTERNS = {
     "score": r"score_\w+_kernel",
     "decide": r"(decide|select|resolve)\w*_kernel",
     "gather": r"gather_kernel",
-    "merge": r"(attend_)?merge\w*_kernel",
     "attend": r"attend\w*_kernel",
+    "merge": r"merge\w*_kernel",
     "sample": r"(search|mass|draw|peak|take)_kernel",
     "forced_drop": r"drop_kernel",
 }
@@ -39,7 +39,7 @@ class Kernel:
 def step_parts(subject: Any, steps: int) -> dict[str, float]:
     """Run `steps` untimed steps of one of our subjects; return milliseconds per step and part.
 
-    On a GPU also `exposed_transfer`, `idle` and `span` (all of it), `overlap` (time counted in two parts).
+    On a GPU also `idle` and `span` (all of it).
     """
     device = subject.model.device
     if device.type == "cuda":
@@ -85,19 +85,9 @@ def parts_of(kernels: Sequence[Kernel], steps: int) -> dict[str, float]:
     if not kernels:
         return {}
     labels = [part_of(k.name) for k in kernels]
-    before_merge: int | None = None
-    for i, label in enumerate(
-        labels
-    ):  # the attention launched right before a merge is that of the loaded blocks
-        if label == "attend":
-            before_merge = i
-        elif label == "merge" and before_merge is not None and kernels[i].name.startswith("merge"):
-            labels[before_merge], before_merge = "merge", None
     for kernel, label in zip(kernels, labels, strict=True):
         parts[label] += kernel.end - kernel.start
-    others = [k for k, label in zip(kernels, labels, strict=True) if label != "gather"]
     busy = union(kernels)
-    parts["exposed_transfer"] = busy - union(others)
     parts["span"] = max(k.end for k in kernels) - kernels[0].start
     parts["idle"] = parts["span"] - busy
     return {name: us / 1e3 / steps for name, us in parts.items()} | {"launches": len(kernels) / steps}

@@ -105,7 +105,6 @@ class Paged(Attention):
         splits = attend_splits(rows * heads, blocks, device)
         self.out_parts = torch.zeros(splits, rows, num_q_heads, dim, device=device)
         self.lse_parts = torch.zeros(splits, rows, num_q_heads, device=device)
-        self.arrivals = torch.zeros(rows, heads, dtype=torch.int32, device=device)
 
     def __call__(
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, lens: torch.Tensor, mask: Any, scale: float
@@ -113,10 +112,9 @@ class Paged(Attention):
         q = q[:, :, 0]
         out = torch.empty_like(q, memory_format=torch.contiguous_format)
         pools = (t.reshape(-1, BLOCK_TOKENS, self.shape[2]) for t in (k, v))
-        self.ops.attend_merge(
-            q, *pools, self.ids, self.slots, lens, 0, self.out_parts, self.lse_parts, self.arrivals, None, out,
-            None, softmax_scale=scale, soft_cap=None, window=None,
-        )  # fmt: skip
+        logits = {"softmax_scale": scale, "soft_cap": None, "window": None}
+        self.ops.attend(q, *pools, self.ids, self.slots, lens, self.out_parts, self.lse_parts, **logits)
+        self.ops.merge(self.out_parts, self.lse_parts, None, out, None)
         return out[:, None]
 
 

@@ -121,8 +121,8 @@ class Step:
             torch.full((s.rows, s.heads, s.budget), -1, dtype=torch.int32, device=device) for _ in range(3)
         )
         loads = STEPS_BETWEEN * LAYERS * pairs * s.budget  # where nothing empties the list in between
-        self.load_src, self.load_dst = (
-            torch.zeros(loads, dtype=torch.int32, device=device) for _ in range(2)
+        self.load_src, self.load_dst, self.load_at = (
+            torch.zeros(loads, dtype=torch.int32, device=device) for _ in range(3)
         )
         self.load_count = torch.zeros(1, dtype=torch.int32, device=device)
         self.loaded = torch.zeros(1, dtype=torch.int64, device=device)
@@ -145,7 +145,7 @@ class Step:
         """Size the partials by what `launch` says now."""
         s = self.shape
         self.hit_splits = launch.attend_splits(s.rows * s.heads, s.budget, self.device)
-        parts = self.hit_splits + launch.miss_splits(s.rows * s.heads, s.budget, self.device)
+        parts = self.hit_splits + launch.late_parts(s.budget, s.block_bytes)
         self.parts = torch.zeros(parts, s.rows, s.heads * s.group, s.dim, device=self.device)
         self.lse_parts = torch.zeros(parts, s.rows, s.heads * s.group, device=self.device)
 
@@ -161,7 +161,7 @@ class Step:
         self.ops.decide(
             self.q, x.summary, x.heat, self.seq_lens, self.page_table, *x.tables, self.step, self.logits,
             self.arrivals, self.scores, self.selected, self.num_selected, self.hits, self.misses,
-            self.load_src, self.load_dst, self.load_count, x.counters,
+            self.load_src, self.load_dst, self.load_at, self.load_count, x.counters,
             score="mean", softmax_scale=self.shape.dim**-0.5, **self.policy,
         )  # fmt: skip
 
@@ -181,56 +181,49 @@ class Step:
         limits = {name: self.policy[name] for name in ("block_size", "sink_blocks", "recent_blocks")}
         self.ops.resolve(
             self.selected, self.num_selected, self.seq_lens, self.page_table, *x.tables, self.step, self.hits,
-            self.misses, self.load_src, self.load_dst, self.load_count, x.counters, **limits,
+            self.misses, self.load_src, self.load_dst, self.load_at, self.load_count, x.counters, **limits,
         )  # fmt: skip
 
     def gather(self, x: Layer) -> None:
         """Copy what is missing (nothing here)."""
         self.ops.gather(self.load_src, self.load_dst, self.load_count, self.host_blocks, x.pool, self.loaded)
 
-    def _attend(self, x: Layer, slots: Tensor, first: int, last: int) -> None:
-        self.ops.attend(
-            self.q, x.k_pool, x.v_pool, self.selected, slots, self.seq_lens, self.parts[first:last],
-            self.lse_parts[first:last], softmax_scale=self.shape.dim**-0.5, soft_cap=None, window=None,
-        )  # fmt: skip
-
     def attend(self, x: Layer) -> None:
         """Attend to the hits."""
-        self._attend(x, self.hits, 0, self.hit_splits)
+        hits = slice(0, self.hit_splits)
+        self.ops.attend(
+            self.q, x.k_pool, x.v_pool, self.selected, self.hits, self.seq_lens, self.parts[hits],
+            self.lse_parts[hits], softmax_scale=self.shape.dim**-0.5, soft_cap=None, window=None,
+        )  # fmt: skip
 
-    def attend_misses(self, x: Layer) -> None:
-        """Attend to the misses (none here), by the plain op."""
-        self._attend(x, self.misses, self.hit_splits, len(self.parts))
-
-    def merge(self, x: Layer) -> None:
-        """Merge alone."""
-        self.ops.merge(self.parts, self.lse_parts, None, self.out, None)
-
-    def attend_merge(self, x: Layer) -> None:
-        """Attend to the misses (none here) and merge."""
-        self.ops.attend_merge(
-            self.q, x.k_pool, x.v_pool, self.selected, self.misses, self.seq_lens, self.hit_splits, self.parts,
-            self.lse_parts, self.arrivals, None, self.out, None,
+    def attend_fetch(self, x: Layer) -> None:
+        """Attend to the hits; load and attend to the misses (none here)."""
+        self.ops.attend_fetch(
+            self.q, x.k_pool, x.v_pool, self.selected, self.hits, self.misses, self.seq_lens,
+            self.load_src, self.load_dst, self.load_at, self.load_count, self.host_blocks, x.pool, self.loaded,
+            self.hit_splits, self.parts, self.lse_parts,
             softmax_scale=self.shape.dim**-0.5, soft_cap=None, window=None,
         )  # fmt: skip
 
+    def merge(self, x: Layer) -> None:
+        """Merge what hits and misses (none here) gave."""
+        self.ops.merge(
+            self.parts, self.lse_parts, None, self.out, None, splits=self.hit_splits, late_slots=self.misses
+        )
+
+    def attend_merge(self, x: Layer) -> None:
+        """Attend to the hits and merge, which splits trade against each other."""
+        self.attend_fetch(x)
+        self.merge(x)
+
     def layer(self, x: Layer) -> None:
-        """One layer of a step, without the gather."""
-        for op in (self.append, self.decide, self.attend, self.attend_merge):
+        """One layer of a step."""
+        for op in (self.append, self.decide, self.attend_fetch, self.merge):
             op(x)
 
     def layer_of_single_ops(self, x: Layer) -> None:
         """The same by one op after the other."""
-        ops = (
-            self.append,
-            self.score,
-            self.select,
-            self.resolve,
-            self.attend,
-            self.attend_misses,
-            self.merge,
-        )
-        for op in ops:
+        for op in (self.append, self.score, self.select, self.resolve, self.attend, self.merge):
             op(x)
 
     def floors(self) -> dict[str, int]:
@@ -239,7 +232,7 @@ class Step:
         both = s.attended_bytes + s.scored_bytes
         return {
             "score": s.scored_bytes, "decide": s.scored_bytes, "attend": s.attended_bytes,
-            "layer": both, "layer_of_single_ops": both,
+            "attend_fetch": s.attended_bytes, "layer": both, "layer_of_single_ops": both,
         }  # fmt: skip
 
     def time_ms(self, fn: Callable[[Layer], None], samples: int) -> list[float]:
@@ -277,7 +270,7 @@ class Step:
 
 
 TIMED = (
-    "append", "score", "select", "resolve", "decide", "gather", "attend", "attend_misses", "merge", "attend_merge",
+    "append", "score", "select", "resolve", "decide", "gather", "attend", "merge", "attend_fetch",
     "layer_of_single_ops", "layer",
 )  # fmt: skip
 

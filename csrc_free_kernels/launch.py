@@ -16,6 +16,8 @@ import torch
 TABLE = Path(__file__).with_name("launch_table.json")
 PROGRAMS = 264  # that keep a GPU busy: about two per multiprocessor of a large part
 MAX_SPLITS = 32
+LATE_BYTES = 32768  # that are worth a part of their own: the attention of a part costs 2 KiB of scratch
+MAX_LATE_PARTS = 64
 FEW_ROWS = 16  # that `linear_few` takes: one tile of the tensor core
 
 
@@ -107,12 +109,15 @@ def attend_splits(heads: int, blocks: int, device: torch.device) -> int:
     return max(1, min(-(-programs // heads), MAX_SPLITS, blocks))
 
 
-def miss_splits(heads: int, blocks: int, device: torch.device) -> int:
-    """Return how many parts `attend_merge` adds for the blocks that were missing, which are few.
+def late_parts(blocks: int, block_bytes: int) -> int:
+    """Return how many parts to keep for the loaded blocks of a (row, KV head): one a block, of small blocks fewer.
 
-    Without misses its programs share the merging of a group's heads, of which there are rarely more than eight.
+    Args:
+        blocks: blocks that may be missing at most.
+        block_bytes: bytes of one.
     """
-    return max(1, min(attend_splits(heads, blocks, device) // 4, 8))
+    together = max(1, LATE_BYTES // block_bytes, -(-blocks // MAX_LATE_PARTS))
+    return -(-blocks // together)
 
 
 def few_rows_config(

@@ -102,7 +102,7 @@ class PrefetchConfig:
     """How missing blocks reach the pool."""
 
     overlap: bool = True
-    """Gather on a stream of its own beside the attention over the resident blocks; true or false."""
+    """Load missing blocks beside the attention over the resident ones; false: first load, then attend."""
 
     def __post_init__(self) -> None:
         check_types(self, "prefetch")

@@ -12,7 +12,7 @@ OPS = (
     "append",
     "append_chunk",
     "attend",
-    "attend_merge",
+    "attend_fetch",
     "decide",
     "gated_act",
     "gather",

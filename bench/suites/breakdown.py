@@ -16,21 +16,27 @@ def run(lab: Lab) -> None:
         selection = Frozen(forced_misses=True)
         with lab.ours(Rheo.name, batch, context, selection, warm=False) as subject:
             lab.settle(subject)
-            _parts(lab, subject, batch, "frozen")
+            resident = _parts(lab, subject, batch, "frozen")
             selection.set_miss_rate(MISS_RATE)
             lab.settle(subject)
-            _parts(lab, subject, batch, f"frozen-miss{MISS_RATE:g}")
+            _parts(lab, subject, batch, f"frozen-miss{MISS_RATE:g}", resident)
         try:
             recorded = lab.recorded("s64-heat")
             with lab.ours(Rheo.name, batch, context, recorded) as subject:
                 lab.settle(subject)
-                _parts(lab, subject, batch, "recorded")
+                _parts(lab, subject, batch, "recorded", resident)
         except (FileNotFoundError, ValueError) as error:
             lab.failed("recorded", batch, context, error)
 
 
-def _parts(lab: Lab, subject: Rheo, batch: int, name: str) -> None:
-    for part, value in step_parts(subject, STEPS).items():
+def _parts(
+    lab: Lab, subject: Rheo, batch: int, name: str, resident: dict[str, float] | None = None
+) -> dict[str, float]:
+    """Emit and return the parts; beside a step without misses also what the transfer adds to attention."""
+    parts = step_parts(subject, STEPS)
+    if resident is not None and "attend" in parts:
+        parts["exposed_transfer"] = parts["attend"] - resident["attend"]
+    for part, value in parts.items():
         unit = "1" if part == "launches" else "ms"
         lab.emit(
             lab.row(
@@ -44,3 +50,4 @@ def _parts(lab: Lab, subject: Rheo, batch: int, name: str) -> None:
                 n=STEPS,
             )
         )
+    return parts

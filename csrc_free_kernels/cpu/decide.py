@@ -40,6 +40,7 @@ def decide(
     miss_slots: Tensor,
     load_src: Tensor,
     load_dst: Tensor,
+    load_at: Tensor,
     load_count: Tensor,
     counters: Tensor,
     *,
@@ -72,6 +73,6 @@ def decide(
     )  # fmt: skip
     resolve(
         selected_blocks, num_selected, seq_lens, host_table, slot_of, block_in, last_used, slot_base,
-        slot_count, step, hit_slots, miss_slots, load_src, load_dst, load_count, counters,
+        slot_count, step, hit_slots, miss_slots, load_src, load_dst, load_at, load_count, counters,
         block_size=block_size, sink_blocks=sink_blocks, recent_blocks=recent_blocks,
     )  # fmt: skip

@@ -10,7 +10,7 @@ from csrc_free_kernels.cpu.victims import victims
 @nb.njit(cache=True)
 def resolve_kernel(
     selected_blocks, num_selected, seq_lens, host_table, slot_of, block_in, last_used, slot_base, slot_count,
-    step, hit_slots, miss_slots, load_src, load_dst, load_count, counters, block_size, sink_blocks,
+    step, hit_slots, miss_slots, load_src, load_dst, load_at, load_count, counters, block_size, sink_blocks,
     recent_blocks,
 ):  # fmt: skip
     num_rows, num_kv_heads, width = selected_blocks.shape
@@ -56,6 +56,7 @@ def resolve_kernel(
             miss_slots[b, h, s] = slot
             load_src[load_count[0]] = host_table[b, block] * num_kv_heads + h
             load_dst[load_count[0]] = slot
+            load_at[load_count[0]] = i * width + r
             load_count[0] += 1
 
 
@@ -74,6 +75,7 @@ def resolve(
     miss_slots: Tensor,
     load_src: Tensor,
     load_dst: Tensor,
+    load_at: Tensor,
     load_count: Tensor,
     counters: Tensor,
     *,
@@ -87,6 +89,6 @@ def resolve(
     """
     tensors = (
         selected_blocks, num_selected, seq_lens, host_table, slot_of, block_in, last_used, slot_base,
-        slot_count, step, hit_slots, miss_slots, load_src, load_dst, load_count, counters,
+        slot_count, step, hit_slots, miss_slots, load_src, load_dst, load_at, load_count, counters,
     )  # fmt: skip
     resolve_kernel(*[t.numpy() for t in tensors], block_size, sink_blocks, recent_blocks)

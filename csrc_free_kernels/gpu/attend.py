@@ -39,33 +39,59 @@ def attend_split(
     BLOCK_G: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_S: tl.constexpr,
     HAS_CAP: tl.constexpr, HAS_WINDOW: tl.constexpr, UPCAST_DOT: tl.constexpr,
 ):  # fmt: skip
-    o_g = tl.arange(0, BLOCK_G)
-    o_d = tl.arange(0, BLOCK_D)
-    o_c = tl.arange(0, BLOCK_C)
-    m_g = o_g < G
-    m_d = o_d < D
     # loads that do not wait for each other first
     o_s = tl.arange(0, BLOCK_S) * T + i_t
     b_slots = tl.load(p_slots + o_s, mask=o_s < S, other=-1)
     b_ids = tl.load(p_ids + o_s, mask=o_s < S, other=0)
     seq_len = tl.load(p_seq_lens + i_b)
+    b_q = load_q(p_q, i_b, i_h, stride_qb, stride_qh, G, D, BLOCK_G, BLOCK_D, UPCAST_DOT)
+    b_word, b_rank = rank_present(b_ids, b_slots)
+    return attend_ranks(
+        b_q, p_k, p_v, b_word, b_rank, 0, tl.max(b_rank, 0), seq_len, softmax_scale, soft_cap, window,
+        stride_k, stride_v, D, C, BLOCK_G, BLOCK_D, BLOCK_C, HAS_CAP, HAS_WINDOW, UPCAST_DOT,
+    )  # fmt: skip
+
+
+# Queries of one KV head's group, [BLOCK_G, BLOCK_D].
+@triton.jit
+def load_q(
+    p_q, i_b, i_h, stride_qb, stride_qh,
+    G: tl.constexpr, D: tl.constexpr, BLOCK_G: tl.constexpr, BLOCK_D: tl.constexpr, UPCAST_DOT: tl.constexpr,
+):  # fmt: skip
+    o_g = tl.arange(0, BLOCK_G)
+    o_d = tl.arange(0, BLOCK_D)
     p_row = p_q + i_b * stride_qb + (i_h * G + o_g[:, None]) * stride_qh + o_d[None, :]
-    b_q = tl.load(p_row, mask=m_g[:, None] & m_d[None, :], other=0.0)
+    b_q = tl.load(p_row, mask=(o_g < G)[:, None] & (o_d < D)[None, :], other=0.0)
     if UPCAST_DOT:
         b_q = b_q.to(tl.float32)
-    m_s = b_slots >= 0
-    # Slot and id of a block in one word. The loop picks them from registers: a load there would be pipelined
-    # too, and leave one buffer fewer for the blocks themselves.
-    b_word = (b_slots.to(tl.int64) << 32) | b_ids.to(tl.int64)
-    b_rank = tl.where(m_s, tl.cumsum(m_s.to(tl.int32), 0), 0)  # the i-th present block has rank i + 1
-    num_blocks = tl.max(b_rank, 0)
+    return b_q
 
+
+# Slot and id of each block in one word, and its rank, from 1, among those that have a slot (0: it has none).
+@triton.jit
+def rank_present(b_ids, b_slots):
+    m_s = b_slots >= 0
+    b_word = (b_slots.to(tl.int64) << 32) | b_ids.to(tl.int64)
+    return b_word, tl.where(m_s, tl.cumsum(m_s.to(tl.int32), 0), 0)
+
+
+# Attention over the `num_blocks` blocks that follow rank `first`. The loop picks them from registers: a load there
+# would be pipelined too, and leave one buffer fewer for the blocks themselves.
+@triton.jit
+def attend_ranks(
+    b_q, p_k, p_v, b_word, b_rank, first, num_blocks, seq_len, softmax_scale, soft_cap, window, stride_k, stride_v,
+    D: tl.constexpr, C: tl.constexpr, BLOCK_G: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_C: tl.constexpr,
+    HAS_CAP: tl.constexpr, HAS_WINDOW: tl.constexpr, UPCAST_DOT: tl.constexpr,
+):  # fmt: skip
+    o_d = tl.arange(0, BLOCK_D)
+    o_c = tl.arange(0, BLOCK_C)
+    m_d = o_d < D
     b_m = tl.full([BLOCK_G], float("-inf"), tl.float32)
     b_l = tl.zeros([BLOCK_G], tl.float32)
     b_o = tl.zeros([BLOCK_G, BLOCK_D], tl.float32)
     PIECES: tl.constexpr = (C + BLOCK_C - 1) // BLOCK_C
     for i in range(num_blocks * PIECES):
-        word = tl.sum(tl.where(b_rank == i // PIECES + 1, b_word, 0), 0)
+        word = tl.sum(tl.where(b_rank == first + i // PIECES + 1, b_word, 0), 0)
         slot = word >> 32
         o_token = i % PIECES * BLOCK_C + o_c
         pos = word.to(tl.int32) * C + o_token

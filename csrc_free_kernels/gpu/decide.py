@@ -57,7 +57,7 @@ def pool_scores(
 def decide_kernel(
     q, summary, heat, seq_lens, host_table, slot_of, block_in, last_used, slot_base, slot_count, step,
     logits, arrivals, block_scores, selected_blocks, num_selected, hit_slots, miss_slots,
-    load_src, load_dst, load_count, counters,
+    load_src, load_dst, load_at, load_count, counters,
     softmax_scale, heat_decay, num_blocks, block_size, Hkv, id_range,
     stride_qb, stride_qh, stride_sp, stride_sh, stride_sw, stride_tb, stride_lb, stride_lh,
     stride_bb, stride_bh, stride_hb, stride_hh, stride_ob, stride_oh,
@@ -106,9 +106,9 @@ def decide_kernel(
         b_block = tl.load(p_selected + o_s, mask=o_s < b_count, other=0)
         b_slot = tl.load(p_slot_of + b_block, mask=o_s < b_count, other=-1)
         resolve_blocks(
-            b_block, b_slot, b_count, nb, i_step, i_h, host_table + i_b * stride_tb, p_slot_of, block_in,
+            b_block, b_slot, b_count, nb, i_step, i_row, host_table + i_b * stride_tb, p_slot_of, block_in,
             last_used, slot_base + i_row, slot_count + i_row, hit_slots + i_row * S, miss_slots + i_row * S,
-            load_src, load_dst, load_count, counters + i_row * 5, SINK, RECENT, id_range, Hkv, S, S_P, SLOTS,
+            load_src, load_dst, load_at, load_count, counters + i_row * 5, SINK, RECENT, id_range, Hkv, S, S_P, SLOTS,
         )  # fmt: skip
         if NORMALISE != "none":
             fold_heat(p_heat, b_heat, b_score, o_n < nb, heat_decay, NORMALISE)
@@ -135,6 +135,7 @@ def decide(
     miss_slots: Tensor,
     load_src: Tensor,
     load_dst: Tensor,
+    load_at: Tensor,
     load_count: Tensor,
     counters: Tensor,
     *,
@@ -182,7 +183,7 @@ def decide(
     decide_kernel[(rows * heads, splits)](
         q, summary, heat, seq_lens, host_table, slot_of, block_in, last_used, slot_base, slot_count, step,
         logits, arrivals, block_scores, selected_blocks, num_selected, hit_slots, miss_slots,
-        load_src, load_dst, load_count, counters,
+        load_src, load_dst, load_at, load_count, counters,
         softmax_scale, heat_decay, num_blocks, block_size, heads, id_range_of(slot_of, block_in),
         *strides_of(q, 2), *strides_of(summary, 3), host_table.stride(0), *strides_of(logits, 2),
         *strides_of(block_scores, 2), *strides_of(heat, 2), *strides_of(slot_of, 2),

@@ -11,13 +11,13 @@ SLOTS_PER_WARP = 256  # 8 a thread: a usual capacity needs one warp, whose reduc
 
 
 # Hits, misses, tables, load list and counters of one (row, head), for the first `num` of the selected blocks
-# b_block [S_P], whose slots, or -1, are b_slot. Pointers are the (row, head)'s own but `block_in`, `last_used`
-# and the load list.
+# b_block [S_P], whose slots, or -1, are b_slot; i_row = b * Hkv + h. Pointers are the (row, head)'s own but
+# `block_in`, `last_used` and the load list.
 @triton.jit
 def resolve_blocks(
-    b_block, b_slot, num, nb, i_step, i_h, p_table, p_slot_of, block_in, last_used, p_base, p_count,
-    p_hits, p_misses, load_src, load_dst, load_count, p_counters, sink_blocks, recent_blocks, id_range, Hkv,
-    S: tl.constexpr, S_P: tl.constexpr, TILE: tl.constexpr,
+    b_block, b_slot, num, nb, i_step, i_row, p_table, p_slot_of, block_in, last_used, p_base, p_count,
+    p_hits, p_misses, load_src, load_dst, load_at, load_count, p_counters, sink_blocks, recent_blocks, id_range,
+    Hkv, S: tl.constexpr, S_P: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
     o_s = tl.arange(0, S_P)
     m_block = o_s < num
@@ -47,7 +47,8 @@ def resolve_blocks(
         b_rank = tl.cumsum(m_miss.to(tl.int32), axis=0) - 1
         m_loaded = m_miss & (b_rank < num_victims)
         b_page = tl.load(p_table + b_block, mask=m_loaded, other=0)
-        tl.store(load_src + i_list + b_rank, b_page * Hkv + i_h.to(tl.int32), mask=m_loaded)
+        tl.store(load_src + i_list + b_rank, b_page * Hkv + (i_row % Hkv).to(tl.int32), mask=m_loaded)
+        tl.store(load_at + i_list + b_rank, (i_row * S).to(tl.int32) + b_rank, mask=m_loaded)
         tl.debug_barrier()
         b_new = tl.load(load_dst + i_list + b_rank, mask=m_loaded, other=-1)
         tl.store(p_slot_of + b_block, b_new, mask=m_loaded)
@@ -106,12 +107,12 @@ def list_victims(p_slot_of, block_in, first, m_victim, p_list, TILE: tl.constexp
 
 
 # Grid (B * Hkv), one (row, head) a program. selected_blocks, hit_slots, miss_slots int32 [B, Hkv, S]; slot_of
-# int32 [B, Hkv, N]; host_table int32 [B, N]; load_src, load_dst int32 [max_loads]; counters int64
+# int32 [B, Hkv, N]; host_table int32 [B, N]; load_src, load_dst, load_at int32 [max_loads]; counters int64
 # [B, Hkv, 5].
 @triton.jit
 def resolve_kernel(
     selected_blocks, num_selected, seq_lens, host_table, slot_of, block_in, last_used, slot_base, slot_count,
-    step, hit_slots, miss_slots, load_src, load_dst, load_count, counters,
+    step, hit_slots, miss_slots, load_src, load_dst, load_at, load_count, counters,
     block_size, sink_blocks, recent_blocks, id_range, Hkv, stride_tb, stride_sb, stride_sh,
     S: tl.constexpr, S_P: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
@@ -125,10 +126,10 @@ def resolve_kernel(
     b_block = tl.load(selected_blocks + i_row * S + o_s, mask=o_s < num, other=0)
     b_slot = tl.load(p_slot_of + b_block, mask=o_s < num, other=-1)
     resolve_blocks(
-        b_block, b_slot, num, nb, i_step, i_h, host_table + i_b * stride_tb, p_slot_of, block_in, last_used,
+        b_block, b_slot, num, nb, i_step, i_row, host_table + i_b * stride_tb, p_slot_of, block_in, last_used,
         slot_base + i_row, slot_count + i_row,
-        hit_slots + i_row * S, miss_slots + i_row * S, load_src, load_dst, load_count, counters + i_row * 5,
-        sink_blocks, recent_blocks, id_range, Hkv, S, S_P, TILE,
+        hit_slots + i_row * S, miss_slots + i_row * S, load_src, load_dst, load_at, load_count,
+        counters + i_row * 5, sink_blocks, recent_blocks, id_range, Hkv, S, S_P, TILE,
     )  # fmt: skip
 
 
@@ -152,6 +153,7 @@ def resolve(
     miss_slots: Tensor,
     load_src: Tensor,
     load_dst: Tensor,
+    load_at: Tensor,
     load_count: Tensor,
     counters: Tensor,
     *,
@@ -174,7 +176,7 @@ def resolve(
     tile = tile_of_slots(block_in, num_rows * num_kv_heads)
     resolve_kernel[(num_rows * num_kv_heads,)](
         selected_blocks, num_selected, seq_lens, host_table, slot_of, block_in, last_used, slot_base,
-        slot_count, step, hit_slots, miss_slots, load_src, load_dst, load_count, counters,
+        slot_count, step, hit_slots, miss_slots, load_src, load_dst, load_at, load_count, counters,
         block_size, sink_blocks, recent_blocks, id_range_of(slot_of, block_in), num_kv_heads,
         host_table.stride(0), slot_of.stride(0), slot_of.stride(1),
         S=width, S_P=triton.next_power_of_2(width), TILE=tile, num_warps=max(1, tile // SLOTS_PER_WARP),

@@ -39,6 +39,7 @@ def decide(
     miss_slots: Tensor,
     load_src: Tensor,
     load_dst: Tensor,
+    load_at: Tensor,
     load_count: Tensor,
     counters: Tensor,
     *,
@@ -71,7 +72,7 @@ def decide(
             none.
         selected_blocks, num_selected: int32 [B, Hkv, S], [B, Hkv], written in full.
         hit_slots, miss_slots: int32 [B, Hkv, S], written in full.
-        load_src, load_dst, load_count: the load list, int32 [max_loads], [max_loads], [1], added to.
+        load_src, load_dst, load_at, load_count: the load list, int32 [max_loads] thrice, [1], added to.
         counters: int64 [B, Hkv, 5], added to.
         score: how blocks are ranked; `given`: by what the caller put into `block_scores`; `none`: not at all.
         softmax_scale: factor on q.k.
@@ -99,7 +100,7 @@ def decide(
     )  # fmt: skip
     resolve(
         selected_blocks, num_selected, seq_lens, host_table, slot_of, block_in, last_used, slot_base,
-        slot_count, step, hit_slots, miss_slots, load_src, load_dst, load_count, counters,
+        slot_count, step, hit_slots, miss_slots, load_src, load_dst, load_at, load_count, counters,
         block_size=block_size, sink_blocks=sink_blocks, recent_blocks=recent_blocks,
     )  # fmt: skip
 

@@ -20,6 +20,7 @@ def resolve(
     miss_slots: Tensor,
     load_src: Tensor,
     load_dst: Tensor,
+    load_at: Tensor,
     load_count: Tensor,
     counters: Tensor,
     *,
@@ -40,15 +41,16 @@ def resolve(
         slot_base, slot_count: int32 [B, Hkv].
         step: int32 [1].
         hit_slots, miss_slots: int32 [B, Hkv, S], written in full: the slot of a hit / of a load, else -1.
-        load_src, load_dst: int32 [max_loads], the load list: page * Hkv + head, slot. Filled from
-            `load_count` on.
+        load_src, load_dst, load_at: int32 [max_loads], the load list: page * Hkv + head, slot, and whose it is:
+            (b * Hkv + h) * S + rank among the loads of the (row, head), which stand side by side, ascending by
+            block. Filled from `load_count` on.
         load_count: int32 [1], grows by the number of loads.
         counters: int64 [B, Hkv, 5], grow by selected, hits, forced, forced hits (these without the tail) and
             evictions.
         block_size: tokens in a block.
         sink_blocks, recent_blocks: blocks forced at the start and at the end.
     """
-    num_rows, num_kv_heads, _ = selected_blocks.shape
+    num_rows, num_kv_heads, width = selected_blocks.shape
     hit_slots.fill_(-1)
     miss_slots.fill_(-1)
     now = int(step)
@@ -66,7 +68,7 @@ def resolve(
                     last_used[slots[block]] = now
             missing = [s for s, block in enumerate(blocks) if slots[block] < 0]
             free = victims(block_in, last_used, base, count, now, tail, sink_blocks, len(missing)).tolist()
-            for s, slot in zip(missing, free, strict=False):
+            for rank, (s, slot) in enumerate(zip(missing, free, strict=False)):
                 old, block = int(block_in[slot]), blocks[s]
                 if old >= 0:
                     slot_of[b, h, old] = -1
@@ -75,6 +77,7 @@ def resolve(
                 miss_slots[b, h, s] = slot
                 place = int(load_count)
                 load_src[place], load_dst[place] = int(host_table[b, block]) * num_kv_heads + h, slot
+                load_at[place] = (b * num_kv_heads + h) * width + rank
                 load_count += 1
             closed = [block for block in blocks if block != tail]
             forced = [block for block in closed if block < sink_blocks or block > tail - recent_blocks]

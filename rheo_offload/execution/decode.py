@@ -1,8 +1,8 @@
 """One decode step of one layer. The same function runs eagerly, on any device, and under CUDA-graph capture.
 
-    append -> decide (score, select, resolve) -> ( gather || attend hits ) -> attend misses and merge
+    append -> decide (score, select, resolve) -> attend_fetch (attend hits || load and attend misses) -> merge
 
-Five launches. Nothing here waits for the device, reads a device value or depends on one: lengths, tables and
+Four launches. Nothing here waits for the device, reads a device value or depends on one: lengths, tables and
 counts are tensors, and what the host decides (pages, lengths) it decides between steps. The step covers the first
 rows of the cache, as many as the forward has; a row whose length in this step is 0 reads and writes nothing.
 """
@@ -60,7 +60,7 @@ def decode_full(ex: "Executor", layer: FullLayer, call: AttentionCall) -> torch.
             q, layer.summary, layer.heat if selector.query_aware else None, now.lens, now.host_table,
             *tables, ws.logits, ws.arrivals, ws.block_scores if selector.query_aware else None,
             ws.selected_blocks, ws.num_selected, ws.hit_slots, ws.miss_slots,
-            ws.load_src, ws.load_dst, ws.load_count, layer.counters,
+            ws.load_src, ws.load_dst, ws.load_at, ws.load_count, layer.counters,
             score=selector.score_kind, softmax_scale=call.softmax_scale, block_size=cache.block_size,
             sink_blocks=policy.sink_blocks, recent_blocks=policy.recent_blocks,
             query_blocks=policy.query_blocks, agnostic_blocks=policy.agnostic_blocks,
@@ -69,26 +69,34 @@ def decode_full(ex: "Executor", layer: FullLayer, call: AttentionCall) -> torch.
     if ex.observer is not None and selector is ex.selector:
         ex.observer.note(layer, ws)
 
-    def gather() -> None:
-        with ex.region("gather"):
-            ops.gather(
-                ws.load_src, ws.load_dst, ws.load_count,
-                layer.host_blocks, layer.pool_blocks, layer.traffic_of("loaded"),
-            )  # fmt: skip
-
-    ex.gather.start(gather)
-    keys = (layer.k_pool, layer.v_pool, ws.selected_blocks)
     logits = dict(softmax_scale=call.softmax_scale, soft_cap=call.soft_cap, window=None)
-    with ex.region("attend"):
-        hits = slice(0, ws.hit_splits)
-        ops.attend(q, *keys, ws.hit_slots, now.lens, ws.out_parts[hits], ws.lse_parts[hits], **logits)
-    ex.gather.wait()
+    pool, parts = (layer.k_pool, layer.v_pool, ws.selected_blocks), (ws.out_parts, ws.lse_parts)
+    loads = (ws.load_src, ws.load_dst, ws.load_at, ws.load_count)
+    blocks = (layer.host_blocks, layer.pool_blocks, layer.traffic_of("loaded"))
+    late = {"splits": ws.hit_splits, "late_slots": ws.miss_slots}
+    if ex.overlap:
+        with ex.region("attend"):
+            ops.attend_fetch(
+                q,
+                *pool,
+                ws.hit_slots,
+                ws.miss_slots,
+                now.lens,
+                *loads,
+                *blocks,
+                ws.hit_splits,
+                *parts,
+                **logits,
+            )
+    else:  # as systems do that fetch, then attend: for comparison
+        with ex.region("gather"):
+            ops.gather(ws.load_src, ws.load_dst, ws.load_count, *blocks)
+        parts, late = (ws.out_parts[: ws.hit_splits], ws.lse_parts[: ws.hit_splits]), {}
+        with ex.region("attend"):
+            ops.attend(q, *pool, torch.maximum(ws.hit_slots, ws.miss_slots), now.lens, *parts, **logits)
     out = torch.empty_like(q, memory_format=torch.contiguous_format)
     with ex.region("merge"):
-        ops.attend_merge(
-            q, *keys, ws.miss_slots, now.lens, ws.hit_splits, ws.out_parts, ws.lse_parts, ws.arrivals,
-            call.sinks, out, ws.lse, **logits,
-        )  # fmt: skip
+        ops.merge(*parts, call.sinks, out, ws.lse, **late)
     if ex.audit_now:
         _audit(ex, layer, call, ws.lse)
     return out
@@ -112,9 +120,10 @@ def decode_sliding(ex: "Executor", layer: SlidingLayer, call: AttentionCall) -> 
     q = call.q[:, :, 0]
     ops.ring_append(call.k, call.v, ex.decode_start[rows], layer.k_ring[rows], layer.v_ring[rows])
     out = torch.empty_like(q, memory_format=torch.contiguous_format)
-    ops.attend_merge(
-        q, layer.k_pool, layer.v_pool, ws.block_ids, ws.block_slots, ex.cache.step_lens[rows], 0,
-        ws.out_parts, ws.lse_parts, ws.arrivals, call.sinks, out, None,
+    ops.attend(
+        q, layer.k_pool, layer.v_pool, ws.block_ids, ws.block_slots, ex.cache.step_lens[rows],
+        ws.out_parts, ws.lse_parts,
         softmax_scale=call.softmax_scale, soft_cap=call.soft_cap, window=layer.spec.window,
     )  # fmt: skip
+    ops.merge(ws.out_parts, ws.lse_parts, call.sinks, out, None)
     return out

@@ -22,7 +22,6 @@ from rheo_offload.execution.workspace import DecodeWorkspace, RingWorkspace, Rou
 from rheo_offload.ops import kernels_for
 from rheo_offload.selection.base import Selector
 from rheo_offload.selection.full import Full
-from rheo_offload.transfer.gather_engine import GatherEngine
 from rheo_offload.types import AttentionCall, Policy
 
 # Longest staging buffer, in blocks of one (row, head), and how many bytes it may take for a whole batch.
@@ -53,7 +52,7 @@ class Executor:
             policy: its budget in blocks.
             dense_layers: layers that attend to everything.
             kernels: as `ops.kernels_for`.
-            overlap: gather on its own stream.
+            overlap: load missing blocks beside the attention over the resident ones, not ahead of it.
             audit_every: decode steps between two measurements of the captured mass; 0 = never.
             capacity_for: (blocks per row, device bytes about to be given back) -> slots per (row, KV head), asked
                 when the cache must grow.
@@ -61,7 +60,7 @@ class Executor:
         self.cache, self.selector, self.policy = cache, selector, policy
         self.ops = kernels_for(cache.device, kernels)
         self.reference_ops = kernels_for(cache.device, "reference")
-        self.gather = GatherEngine(cache.device, overlap)
+        self.overlap = overlap
         self.audit = Audit(audit_every, cache.device)
         self.audit_now = False
         self.observer: StepObserver | None = None
@@ -232,19 +231,6 @@ class Executor:
             agnostic_blocks=0,
         )
 
-    def new_workspace(self, layer: FullLayer, *, block_budget: int) -> DecodeWorkspace:
-        """Allocate decode scratch for a layer's geometry."""
-        return DecodeWorkspace(
-            rows=layer.rows,
-            num_kv_heads=layer.spec.num_kv_heads,
-            num_q_heads=layer.spec.num_q_heads,
-            head_dim=layer.spec.head_dim,
-            max_blocks=layer.max_blocks,
-            block_budget=block_budget,
-            summary_width=layer.summary_width,
-            device=layer.device,
-        )
-
     def workspace_of(self, layer: FullLayer) -> DecodeWorkspace:
         """Return the decode scratch that all layers of this geometry and budget share."""
         budget = 1 if self.is_streamed(layer) else self.policy_of(layer).block_budget
@@ -258,7 +244,17 @@ class Executor:
             budget,
         )
         if key not in self._workspaces:
-            self._workspaces[key] = self.new_workspace(layer, block_budget=budget)
+            self._workspaces[key] = DecodeWorkspace(
+                rows=layer.rows,
+                num_kv_heads=layer.spec.num_kv_heads,
+                num_q_heads=layer.spec.num_q_heads,
+                head_dim=layer.spec.head_dim,
+                max_blocks=layer.max_blocks,
+                block_budget=budget,
+                block_bytes=layer.layout.block_bytes,
+                summary_width=layer.summary_width,
+                device=layer.device,
+            )
         return self._workspaces[key]
 
     def ring_workspace_of(self, layer: SlidingLayer, rows: int) -> RingWorkspace:

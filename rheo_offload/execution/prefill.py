@@ -12,6 +12,7 @@ import torch
 
 from rheo_offload.cache import residency
 from rheo_offload.cache.device_pool import FullLayer, SlidingLayer
+from rheo_offload.execution.workspace import SelectionLists
 from rheo_offload.selection.base import normalised
 from rheo_offload.types import AttentionCall
 
@@ -124,7 +125,7 @@ def warm(ex: "Executor", rows: slice) -> None:
         room = min(layer.capacity, layer.max_blocks) - 1
         if ex.is_streamed(layer) or room < policy.sink_blocks + policy.recent_blocks:
             continue
-        ws = ex.new_workspace(layer, block_budget=room)
+        ws = SelectionLists(layer.rows, layer.spec.num_kv_heads, room, layer.device)
         hot = room - policy.sink_blocks - policy.recent_blocks if selector.query_aware else 0
         ops.select(
             None, layer.heat if hot else None, lens, ws.selected_blocks, ws.num_selected,
@@ -134,7 +135,7 @@ def warm(ex: "Executor", rows: slice) -> None:
         ops.resolve(
             ws.selected_blocks, ws.num_selected, lens, host_table, layer.slot_of, layer.block_in, layer.last_used,
             layer.slot_base, layer.slot_count, cache.step, ws.hit_slots, ws.miss_slots,
-            ws.load_src, ws.load_dst, ws.load_count,
+            ws.load_src, ws.load_dst, ws.load_at, ws.load_count,
             torch.zeros_like(layer.counters),  # a warm-up is neither hit nor miss
             block_size=cache.block_size, sink_blocks=policy.sink_blocks, recent_blocks=policy.recent_blocks,
         )  # fmt: skip

@@ -5,10 +5,27 @@ import torch
 from rheo_offload.ops import of_kernels
 
 
-class DecodeWorkspace:
+class SelectionLists:
+    """What a selection is written to: the blocks, where they are, and the load list of those that are missing."""
+
+    def __init__(self, rows: int, num_kv_heads: int, block_budget: int, device: torch.device) -> None:
+        def ints(*shape: int) -> torch.Tensor:
+            return torch.full(shape, -1, dtype=torch.int32, device=device)
+
+        self.selected_blocks = ints(rows, num_kv_heads, block_budget)
+        self.num_selected = ints(rows, num_kv_heads)
+        self.hit_slots = ints(rows, num_kv_heads, block_budget)
+        self.miss_slots = ints(rows, num_kv_heads, block_budget)
+        self.load_src = ints(rows * num_kv_heads * block_budget)
+        self.load_dst = ints(rows * num_kv_heads * block_budget)
+        self.load_at = ints(rows * num_kv_heads * block_budget)
+        self.load_count = torch.zeros(1, dtype=torch.int32, device=device)
+
+
+class DecodeWorkspace(SelectionLists):
     """Scratch for one geometry: rows x KV heads x query heads x head dim, N blocks, S selected.
 
-    `out_parts` holds the partials of the hits first (`hit_splits`), then those of the loaded misses (`miss_splits`).
+    `out_parts` holds the partials of the hits first (`hit_splits`), then those of the loaded misses.
     """
 
     def __init__(
@@ -20,11 +37,11 @@ class DecodeWorkspace:
         head_dim: int,
         max_blocks: int,
         block_budget: int,
+        block_bytes: int,
         summary_width: int,
         device: torch.device,
     ) -> None:
-        def ints(*shape: int) -> torch.Tensor:
-            return torch.full(shape, -1, dtype=torch.int32, device=device)
+        super().__init__(rows, num_kv_heads, block_budget, device)
 
         def floats(*shape: int) -> torch.Tensor:
             return torch.zeros(shape, dtype=torch.float32, device=device)
@@ -33,17 +50,9 @@ class DecodeWorkspace:
         self.logits = floats(rows, num_q_heads, max_blocks * max(summary_width, 1))
         self.arrivals = torch.zeros(rows, num_kv_heads, dtype=torch.int32, device=device)
         self.block_scores = floats(rows, num_kv_heads, max_blocks)
-        self.selected_blocks = ints(rows, num_kv_heads, block_budget)
-        self.num_selected = ints(rows, num_kv_heads)
-        self.hit_slots = ints(rows, num_kv_heads, block_budget)
-        self.miss_slots = ints(rows, num_kv_heads, block_budget)
-        self.load_src = ints(rows * num_kv_heads * block_budget)
-        self.load_dst = ints(rows * num_kv_heads * block_budget)
-        self.load_count = torch.zeros(1, dtype=torch.int32, device=device)
         heads = rows * num_kv_heads
         self.hit_splits: int = of_kernels("launch", "attend_splits")(heads, block_budget, device)
-        self.miss_splits: int = of_kernels("launch", "miss_splits")(heads, block_budget, device)
-        parts = self.hit_splits + self.miss_splits
+        parts = self.hit_splits + of_kernels("launch", "late_parts")(block_budget, block_bytes)
         self.out_parts = floats(parts, rows, num_q_heads, head_dim)
         self.lse_parts = floats(parts, rows, num_q_heads)
         self.lse = floats(rows, num_q_heads)
@@ -68,7 +77,6 @@ class RingWorkspace:
         self.index = torch.arange(ring_blocks, dtype=torch.int32, device=device)
         self.block_ids = torch.full_like(self.slots, -1)
         self.block_slots = torch.full_like(self.slots, -1)
-        self.arrivals = torch.zeros(rows, num_kv_heads, dtype=torch.int32, device=device)
         splits = of_kernels("launch", "attend_splits")(rows * num_kv_heads, ring_blocks, device)
         self.out_parts = torch.zeros(splits, rows, num_q_heads, head_dim, device=device)
         self.lse_parts = torch.zeros(splits, rows, num_q_heads, device=device)

@@ -79,7 +79,8 @@ class World:
         return (self.q, self.k_pool, self.v_pool, *ids, self.parts, self.lse_parts), PLAIN | kw
 
     def merge(self):
-        return (self.parts, self.lse_parts, self.q[0, :, 0], self.q, self.lse_parts[0]), {}
+        late = {"splits": 5, "late_slots": self.slots}
+        return (self.parts, self.lse_parts, self.q[0, :, 0], self.q, self.lse_parts[0]), late
 
     def prefill_attention(self, *, staged=False, queries=512, **kw):
         kv = (self.k_staged, self.v_staged) if staged else (self.kv_chunk, self.kv_chunk)
@@ -129,7 +130,7 @@ class World:
             self.slot_count,
             self.step,
         )
-        lists = (self.slots, self.slots, self.loads, self.loads, self.load_count, self.counters)
+        lists = (self.slots, self.slots, self.loads, self.loads, self.loads, self.load_count, self.counters)
         limits = {"block_size": 64, "sink_blocks": 1, "recent_blocks": 16}
         return (self.selected, self.num_selected, self.rows, *tables, *lists), limits
 
@@ -143,23 +144,17 @@ class World:
     def decide(self, score, *, query=24, agnostic=23, normalise="sum"):
         tables = (self.slot_of, self.block_in, self.last_used, self.slot_base, self.slot_count, self.step)
         scratch = (self.logits, self.num_selected, self.scores)
-        lists = (self.slots, self.slots, self.loads, self.loads, self.load_count, self.counters)
+        lists = (self.slots, self.slots, self.loads, self.loads, self.loads, self.load_count, self.counters)
         args = (self.q, self.summary, self.heat, self.rows, self.host_table, *tables, *scratch)
         shares = {"sink_blocks": 1, "recent_blocks": 16, "query_blocks": query, "agnostic_blocks": agnostic}
         rest = {"softmax_scale": 0.1, "block_size": 64, "heat_decay": 0.98, "normalise": normalise}
         return (*args, self.selected, self.num_selected, *lists), {"score": score} | shares | rest
 
-    def attend_merge(self, **kw):
-        ids = (self.selected, self.slots, self.rows, 5, self.parts, self.lse_parts, self.num_selected)
-        return (
-            self.q,
-            self.k_pool,
-            self.v_pool,
-            *ids,
-            self.q[0, :, 0],
-            self.q,
-            self.lse_parts[0],
-        ), PLAIN | kw
+    def attend_fetch(self, **kw):
+        lists = (self.loads, self.loads, self.loads, self.load_count)
+        blocks = (self.host_blocks, self.pool_blocks, self.total)
+        selected = (self.k_pool, self.v_pool, self.selected, self.slots, self.slots, self.rows)
+        return (self.q, *selected, *lists, *blocks, 5, self.parts, self.lse_parts), PLAIN | kw
 
     def rms_norm(self, H, ahead=""):
         x, weight = empty(4, H), empty(H)
@@ -272,14 +267,14 @@ CASES = {
         (90,),
         False,
     ),
-    "attend_merge": ("attend_merge", lambda: World().attend_merge(), (80, 89, 90), True),
-    "attend_merge-d256-window-cap": (
-        "attend_merge",
-        lambda: World(D=256).attend_merge(window=512, soft_cap=50.0),
+    "attend_fetch": ("attend_fetch", lambda: World().attend_fetch(), (80, 89, 90), True),
+    "attend_fetch-d256-cap": (
+        "attend_fetch",
+        lambda: World(D=256).attend_fetch(soft_cap=50.0),
         (89, 90),
         True,
     ),
-    "attend_merge-fp32": ("attend_merge", lambda: World(dtype=FP32).attend_merge(), (90,), True),
+    "attend_fetch-fp32": ("attend_fetch", lambda: World(dtype=FP32).attend_fetch(), (90,), True),
 }
 
 

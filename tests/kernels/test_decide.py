@@ -114,21 +114,21 @@ def run(fn, device, world: World):
         poison(rows, heads, world.width, dtype=torch.int32, device=device) for _ in range(3)
     )
     count = poison(rows, heads, dtype=torch.int32, device=device)
-    load_src, load_dst = (
-        poison(rows * heads * world.width + 2, dtype=torch.int32, device=device) for _ in range(2)
+    load_src, load_dst, load_at = (
+        poison(rows * heads * world.width + 2, dtype=torch.int32, device=device) for _ in range(3)
     )
     load_count = torch.full((1,), 2, dtype=torch.int32, device=device)  # what `append` or others listed stays
     counters = torch.arange(rows * heads * 5, device=device).view(rows, heads, 5) * 2**33
     fn(
         move(world.q), move(world.summary), heat, pools.seq_lens, pools.host_table, pools.slot_of,
         pools.block_in, pools.last_used, pools.slot_base, pools.slot_count, pools.step, logits, arrivals,
-        scores, selected, count, hits, misses, load_src, load_dst, load_count, counters, **world.kw,
+        scores, selected, count, hits, misses, load_src, load_dst, load_at, load_count, counters, **world.kw,
     )  # fmt: skip
     assert arrivals is None or not arrivals.any(), "the counters are left at zero for the next call"
     num = int(load_count)
-    for part in (load_src, load_dst):
+    for part in (load_src, load_dst, load_at):
         assert (part[:2] == -77).all() and (part[num:] == -77).all(), "written outside the list"
-    pairs = sorted(zip(load_src[2:num].tolist(), load_dst[2:num].tolist(), strict=True))
+    pairs = sorted(zip(*(part[2:num].tolist() for part in (load_src, load_dst, load_at)), strict=True))
     exact = [t.cpu() for t in (selected, count, hits, misses, counters)]
     return pools.copy("cpu"), exact, pairs, *(None if t is None else t.cpu() for t in (scores, heat))
 

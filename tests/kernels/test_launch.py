@@ -50,7 +50,12 @@ def test_splits(table):
     launch.put("attend_splits", CPU, 64, {}, {"programs": 512})
     assert [launch.attend_splits(heads, 64, CPU) for heads in (8, 16, 60, 64, 512)] == [32, 32, 9, 8, 1]
     assert launch.attend_splits(64, 3, CPU) == 3
-    assert [launch.miss_splits(heads, 64, CPU) for heads in (8, 64, 512)] == [8, 2, 1]
+
+
+def test_late_parts():
+    """One a block of 32 KiB, several small blocks together, never more than 64."""
+    assert [launch.late_parts(blocks, 32768) for blocks in (1, 64, 65, 500)] == [1, 64, 33, 63]
+    assert [launch.late_parts(256, size) for size in (8192, 2048)] == [64, 16]
 
 
 def test_the_packaged_table_is_well_formed():

@@ -52,6 +52,26 @@ def test_matches_reference(fn, device, case):
 
 
 @pytest.mark.parametrize(("fn", "device"), homes("merge"))
+def test_late_parts_count_where_blocks_were_loaded(fn, device):
+    """Two parts always, up to three more for seven blocks: the ones that nobody wrote are not looked at."""
+    parts, lses = torch.randn(5, 2, 6, 64), torch.randn(5, 2, 6)
+    late = torch.full((2, 2, 7), -1, dtype=torch.int32)
+    late[0, 0, 2], late[0, 1, :4], late[1, 1] = 5, 9, 1
+    expected, written = (parts.clone(), lses.clone()), torch.tensor([[3, 4], [2, 5]]).repeat_interleave(3, 1)
+    for b in range(2):
+        for h in range(6):
+            expected[1][written[b, h] :, b, h] = -torch.inf
+            parts[written[b, h] :, b, h], lses[written[b, h] :, b, h] = torch.nan, torch.nan
+    truth = run(reference, "cpu", expected[0].double(), expected[1].double(), None, torch.float64)
+    for merge in (fn, reference):
+        at = device if merge is fn else "cpu"
+        out, lse = poison(2, 6, 64, dtype=FP32, device=at), poison(2, 6, dtype=FP32, device=at)
+        merge(parts.to(at), lses.to(at), None, out, lse, splits=2, late_slots=late.to(at))
+        assert_close(out, truth[0], None, FP32)
+        assert_close(lse, truth[1], None, FP32)
+
+
+@pytest.mark.parametrize(("fn", "device"), homes("merge"))
 def test_far_apart_parts(fn, device):
     """A part 200 nats below weighs nothing, and nothing overflows."""
     parts, lses = torch.randn(2, 1, 2, 64), torch.tensor([[[150.0, -150.0]], [[-50.0, 50.0]]])

@@ -41,19 +41,29 @@ def run(fn, device, pools, selected, count, *, list_before=0):
     pools = pools.copy(device)
     heads, size = selected.shape[:2], selected.numel() + list_before
     hits, misses = (poison(*selected.shape, dtype=torch.int32, device=device) for _ in range(2))
-    load_src, load_dst = (poison(size, dtype=torch.int32, device=device) for _ in range(2))
+    load_src, load_dst, load_at = (poison(size, dtype=torch.int32, device=device) for _ in range(3))
     load_count = torch.tensor([list_before], dtype=torch.int32, device=device)
     counters = torch.arange(heads[0] * heads[1] * 5, device=device).view(*heads, 5)
     fn(
         selected.to(device), count.to(device), pools.seq_lens, pools.host_table, pools.slot_of,
         pools.block_in, pools.last_used, pools.slot_base, pools.slot_count, pools.step, hits, misses,
-        load_src, load_dst, load_count, counters, block_size=C, sink_blocks=SINK, recent_blocks=RECENT,
+        load_src, load_dst, load_at, load_count, counters, block_size=C, sink_blocks=SINK, recent_blocks=RECENT,
     )  # fmt: skip
     num = int(load_count)
-    for part in (load_src, load_dst):
+    for part in (load_src, load_dst, load_at):
         assert (part[:list_before] == -77).all() and (part[num:] == -77).all(), "written outside the list"
-    pairs = sorted(zip(load_src[list_before:num].tolist(), load_dst[list_before:num].tolist(), strict=True))
+    loads = [part[list_before:num].tolist() for part in (load_src, load_dst, load_at)]
+    assert_grouped(loads[2], selected.shape[2])
+    pairs = sorted(zip(*loads, strict=True))
     return pools, (hits.cpu(), misses.cpu(), counters.cpu()), pairs
+
+
+def assert_grouped(at, width):
+    """The loads of a (row, head) stand side by side, in the order of their ranks."""
+    ranks, before = [where % width for where in at], [-1, *at]
+    assert all(rank == 0 or where == last + 1 for where, last, rank in zip(at, before, ranks, strict=False))
+    pairs = [where // width for where, rank in zip(at, ranks, strict=True) if rank == 0]
+    assert len(set(pairs)) == len(pairs) and set(pairs) == {where // width for where in at}
 
 
 def check(fn, device, pools, selected, count, **kw):
@@ -77,7 +87,7 @@ def test_matches_reference(fn, device, case):
     after, (hits, misses, counters), pairs = check(fn, device, pools, selected, count)
     assert torch.equal((hits >= 0) | (misses >= 0), selected >= 0)
     assert not ((hits >= 0) & (misses >= 0)).any()
-    assert sorted(slot for _, slot in pairs) == sorted(misses[misses >= 0].tolist())
+    assert sorted(slot for _, slot, _ in pairs) == sorted(misses[misses >= 0].tolist())
     for b, h, s in (selected >= 0).nonzero().tolist():
         slot = int(torch.maximum(hits, misses)[b, h, s])
         assert int(after.slot_of[b, h, selected[b, h, s]]) == slot
@@ -157,6 +167,6 @@ def test_story(home):
     assert after.last_used[1:7].tolist() == [7] * 6
     assert after.slot_of.flatten()[:10].tolist() == [1, -1, 3, -1, 6, -1, 4, 5, -1, 2]
     pages = pools.host_table[0].tolist()
-    assert pairs == sorted([(pages[2], 3), (pages[6], 4), (pages[7], 5)])
+    assert pairs == sorted([(pages[2], 3, 0), (pages[6], 4, 1), (pages[7], 5, 2)])
     # the tail is not counted: 5 selected, 2 of them hits; the sink is forced and a hit; 2 evictions
     assert (counters.flatten() - torch.arange(5)).tolist() == [5, 2, 1, 1, 2]
