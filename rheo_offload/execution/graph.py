@@ -128,10 +128,12 @@ class GraphRunner:
 
     def close(self) -> None:
         """Let every graph go, once the last replay is done: it runs in memory that a graph owns."""
-        if self.captured:
-            synchronize(self.device)
-        self._graphs.clear()
-        self._pool = None
+        try:
+            if self.captured:
+                synchronize(self.device)
+        finally:
+            self._graphs.clear()
+            self._pool = None
 
     def _forget(self, version: Hashable) -> None:
         if any(state.graph is not None for state in self._graphs.values()):

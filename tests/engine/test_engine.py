@@ -189,8 +189,9 @@ def test_what_can_never_run_is_refused_and_nothing_changes():
 def test_a_closed_engine_says_so():
     engine = Engine(tight_model(), max_rows=1, max_context_tokens=64)
     engine.close()
-    with pytest.raises(EngineError, match="closed"):
-        engine.step()
+    for use in (engine.step, lambda: engine.submit(ids_of(4)), lambda: engine.generate([ids_of(4)])):
+        with pytest.raises(EngineError, match="closed"):
+            use()
 
 
 def test_a_long_run_takes_no_more_memory():
