@@ -2,7 +2,9 @@
 
 import random
 
+import psutil
 import pytest
+import torch
 
 from rheo_offload import offload
 from rheo_offload.engine.engine import Engine, stream
@@ -204,3 +206,30 @@ def test_a_long_run_takes_no_more_memory():
             engine.generate([ids_of(BLOCK + i % 5, seed=i), ids_of(1 + i % 7, seed=i)], params(1 + i % 6))
         assert engine._kv.version == version and model.rheo._store.bytes_usable == pages
         assert model.rheo._store.pages_in_use == 0
+
+
+@pytest.mark.gpu
+def test_two_thousand_steps_take_no_more_memory_and_no_more_captures():
+    """The same requests over and over: after the first time nothing is captured, and nothing grows."""
+    model = tight_model()
+    with Engine(model, max_rows=4, max_context_tokens=128) as engine:
+
+        def waves():
+            """One to four requests at once, greedy ones and then drawn ones, each wave until all have ended."""
+            for wave in range(8):
+                how = params(20 + wave % 3, temperature=0.8 * (wave // 4), seed=wave)
+                for i in range(1 + wave % 4):
+                    engine.submit(ids_of(20 + 9 * i, seed=i), how)
+                engine.run()
+
+        def captured():
+            return engine.stepper.runner.captures, engine._kv.version
+
+        waves()
+        before, first = captured(), engine.steps
+        device, host = torch.cuda.memory_allocated(), psutil.Process().memory_info().rss
+        while engine.steps - first < 2000:
+            waves()
+        assert captured() == before and before[0] == 6, "three buckets, greedy and sampling"
+        assert torch.cuda.memory_allocated() - device < 1 << 20
+        assert psutil.Process().memory_info().rss - host < 16 << 20
