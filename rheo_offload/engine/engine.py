@@ -52,7 +52,7 @@ class Engine:
 
         Args:
             model: an offloaded model.
-            max_rows: requests that decode at once.
+            max_rows: requests that decode at once. A step that finds no device memory halves them for good.
             max_context_tokens: longest request, prompt and new tokens.
             allow_overtaking: as `Scheduler`.
             on_capture: told (rows, what) around every graph capture, for progress.
@@ -370,6 +370,11 @@ class Engine:
         names = ", ".join(repr(r.id) for r in failed) or "none"
         first = str(error).splitlines()[0] if str(error) else type(error).__name__
         message = f"a step failed ({first}); requests that ran: {names}"
+        fewer = ""
+        if isinstance(error, torch.OutOfMemoryError) and self.max_rows > 1:  # as many again would fail again
+            self.max_rows = buckets_for(self.max_rows)[-2]
+            fewer = f" with at most {self.max_rows} row(s)"
+            logger.warning("a step found no device memory: at most %d rows from now on", self.max_rows)
         try:
             self.stepper.close()
             self.cache.close()
@@ -383,7 +388,9 @@ class Engine:
             raise EngineError(self._why_closed) from error
         for request in waiting:
             self.scheduler.submit(request)
-        raise EngineError(f"{message}; the engine goes on with {len(waiting)} waiting request(s)") from error
+        raise EngineError(
+            f"{message}; the engine goes on{fewer} with {len(waiting)} waiting request(s)"
+        ) from error
 
     def stats(self) -> Any:
         """Return the figures of the cache since the engine started (`Stats`). Waits for the device."""

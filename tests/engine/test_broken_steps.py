@@ -134,6 +134,30 @@ def test_a_replay_that_fails_fails_its_requests_and_the_engine_goes_on(monkeypat
         assert waits.output_ids == alone(model, ids_of(40, seed=7), 12)
 
 
+def test_a_batch_without_device_memory_fails_once_and_fewer_rows_go_on(monkeypatch, caplog):
+    """1. the third row makes a step too large. 2. it has failed, and who waited is answered two at a time."""
+    model = tight_model()
+    run = GraphRunner.run
+
+    def limited(self, step, rows, *args, **kwargs):
+        if rows > 2:
+            finds_no_memory()
+        return run(self, step, rows, *args, **kwargs)
+
+    monkeypatch.setattr(GraphRunner, "run", limited)
+    prompts = [ids_of(20, seed=s) for s in range(7)]
+    with Engine(model, max_rows=4, max_context_tokens=64) as engine:
+        requests = [engine.submit(ids, params(5)) for ids in prompts]
+        with pytest.raises(
+            EngineError, match=r"out of memory.*goes on with at most 2 row\(s\) with 3 waiting"
+        ):
+            engine.run()
+        engine.run()
+        assert [r.state for r in requests] == [State.FAILED] * 4 + [State.FINISHED] * 3
+        assert engine.max_rows == engine._kv.rows == 2 and "at most 2 rows" in caplog.text
+    assert [r.output_ids for r in requests[4:]] == [alone(model, ids, 5) for ids in prompts[4:]]
+
+
 def test_a_device_that_is_lost_is_said_to_be(monkeypatch):
     """Nothing can be waited for or allocated any more: everybody has failed, and closing the engine is no error."""
     model = tight_model()
