@@ -291,7 +291,9 @@ class Engine:
         clock.tick()
         for row, request in rows:
             if request.is_done:
-                continue  # it ended in the step before: this step left its row alone
+                if request.finish_reason in ("stop", "length"):  # in the step before: this one left its row alone
+                    self._kv.tokens_written -= 1
+                continue
             if got.bad[row]:
                 where = (
                     f"request {request.id!r}: logits not finite at new token {len(request.output_ids) + 1}"

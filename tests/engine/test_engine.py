@@ -118,6 +118,15 @@ def test_more_requests_than_rows_wait_their_turn():
         assert engine.generate(prompts, params(6)) == [alone(model, ids, 6) for ids in prompts]
 
 
+def test_the_bytes_written_through_are_those_of_the_tokens():
+    """The step behind a request's last one, which the host launches before it knows, writes nothing."""
+    model = tight_model()
+    with Engine(model, max_rows=2, max_context_tokens=128) as engine:
+        engine.generate([ids_of(40), ids_of(20), ids_of(1)], params(6))
+        tokens = (39 + 6) + (19 + 6) + 6
+        assert engine.stats().d2h_bytes == tokens * 2 * 2 * 2 * 16 * 4  # layers x (K, V) x heads x D x 4
+
+
 def test_draws_do_not_depend_on_the_company():
     model = tight_model()
     how = params(10, temperature=0.8, top_k=20, top_p=0.9, seed=4)
