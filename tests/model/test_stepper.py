@@ -1,5 +1,7 @@
 """Captured steps are eager steps: the same tokens and tables, whatever joins, leaves or is dropped in between."""
 
+from functools import partial
+
 import pytest
 import torch
 from transformers import GenerationConfig, LogitsProcessor, StoppingCriteria, TemperatureLogitsWarper
@@ -7,11 +9,12 @@ from transformers.generation import MaxLengthCriteria, MaxTimeCriteria, TopKLogi
 
 from rheo_offload import CacheError, offload
 from rheo_offload.engine.engine import Engine
-from rheo_offload.errors import EngineError, GraphError
+from rheo_offload.errors import EngineError, GraphError, RheoError
 from rheo_offload.execution import graph
 from rheo_offload.execution.sampler import Sampler, SamplingParams
 from rheo_offload.metrics.clock import RunClock
 from rheo_offload.model.decode_loop import DecodeLoop, stepper_of
+from rheo_offload.model.generation import sampling_params
 from rheo_offload.model.stepper import STEPS_IN_FLIGHT, Stepper
 from tests.helpers.homes import DEVICE
 from tests.helpers.tiny_model import FAMILIES, tiny_model
@@ -240,3 +243,20 @@ def test_a_vocabulary_beyond_the_sampler_runs_in_transformers_loop(monkeypatch):
     assert model.rheo._last.stepper is None
     with pytest.raises(EngineError, match="96"):
         Engine(model, max_rows=1, max_context_tokens=64)
+
+
+def test_an_engines_parameters_are_those_that_generate_would_use():
+    """What the call does not say comes from the model's generation_config; what an engine cannot do is named."""
+    model = tiny_model("llama")
+    model.generation_config.update(do_sample=True, temperature=0.7, top_k=9, top_p=0.8)
+    of = partial(sampling_params, model, max_new_tokens=5)
+    assert of() == SamplingParams(temperature=0.7, top_k=9, top_p=0.8, max_new_tokens=5)
+    assert of(temperature=1.0, top_p=1.0) == SamplingParams(temperature=1.0, top_k=9, max_new_tokens=5)
+    assert of(do_sample=False) == SamplingParams(max_new_tokens=5)
+    for odd, name in [
+        (dict(repetition_penalty=1.2), "RepetitionPenalty"),
+        (dict(num_beams=3), "beam sample"),
+        (dict(stop_strings=["."]), "stop_strings"),
+    ]:
+        with pytest.raises(RheoError, match=f"it has no {name}"):
+            of(**odd)
