@@ -15,6 +15,7 @@ This is legal while a CUDA graph is being captured: forks and joins are events, 
 
 import time
 from contextlib import AbstractContextManager, nullcontext
+from functools import cache
 from pathlib import Path
 
 import psutil
@@ -87,6 +88,16 @@ def is_cuda(device: torch.device | str) -> bool:
 def stream(device: torch.device | str) -> Stream:
     """Make a new side stream of the device."""
     return torch.cuda.Stream(device) if is_cuda(device) else CpuStream()
+
+
+@cache
+def own_streams(device: torch.device) -> tuple[Stream, Stream]:
+    """Return the two streams of a device that steps are captured on and that blocks are gathered on.
+
+    Made once and together. torch hands out 32 streams in turn, so that of many made one after the other some are the
+    same, and nothing overlaps; and cuBLAS keeps a workspace for every stream it has met.
+    """
+    return stream(device), stream(device)
 
 
 def current_stream(device: torch.device | str) -> Stream:

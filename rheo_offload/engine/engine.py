@@ -291,7 +291,10 @@ class Engine:
         clock.tick()
         for row, request in rows:
             if request.is_done:
-                if request.finish_reason in ("stop", "length"):  # in the step before: this one left its row alone
+                if request.finish_reason in (
+                    "stop",
+                    "length",
+                ):  # in the step before: this one left its row alone
                     self._kv.tokens_written -= 1
                 continue
             if got.bad[row]:

@@ -11,12 +11,11 @@ import logging
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
-from functools import cache
 from typing import Any
 
 import torch
 
-from rheo_offload.device import current_stream, is_cuda, on_stream, stream, synchronize
+from rheo_offload.device import current_stream, is_cuda, on_stream, own_streams, synchronize
 from rheo_offload.errors import GraphError
 
 logger = logging.getLogger("rheo_offload")
@@ -190,13 +189,9 @@ class GraphRunner:
             self.on_capture(bucket, what)
 
 
-@cache
 def capture_stream(device: torch.device) -> Any:
-    """Return the stream that steps on `device` are captured on: always the same, because cuBLAS keeps memory for each.
-
-    torch's own default is on whichever device was current at its first capture.
-    """
-    return stream(device)
+    """Return the stream for captures on `device`. torch's own is on whichever device was current at its first one."""
+    return own_streams(device)[0]
 
 
 def mend_torch(device: torch.device, pool: Any) -> None:
@@ -206,8 +201,10 @@ def mend_torch(device: torch.device, pool: Any) -> None:
     under way, gives no cached memory back when the device is full and refuses every later capture, and nothing random
     can be drawn on the device.
     """
-    with suppress(RuntimeError):  # the allocator knew
-        torch.cuda.memory._cuda_endAllocateToPool(device.index or 0, pool)  # type: ignore[attr-defined]
+    allocator: Any = torch.cuda.memory
+    with suppress(RuntimeError):  # the allocator knew, and the graph gives its share in the pool back
+        allocator._cuda_endAllocateToPool(device.index or 0, pool)
+        allocator._cuda_releasePool(device.index or 0, pool)
     with suppress(RuntimeError), on_stream(current_stream(device)):  # a capture that succeeds does the rest
         graph, place = torch.cuda.CUDAGraph(), torch.empty(1, device=device)
         with torch.cuda.graph(graph, stream=capture_stream(device), capture_error_mode="thread_local"):

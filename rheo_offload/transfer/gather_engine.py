@@ -8,7 +8,7 @@ from collections.abc import Callable
 
 import torch
 
-from rheo_offload.device import current_stream, is_cuda, on_stream, stream, wait
+from rheo_offload.device import current_stream, is_cuda, on_stream, own_streams, wait
 
 
 class GatherEngine:
@@ -16,7 +16,7 @@ class GatherEngine:
 
     def __init__(self, device: torch.device, overlap: bool) -> None:
         self.device = device
-        self.stream = stream(device) if overlap and is_cuda(device) else None
+        self.stream = own_streams(device)[1] if overlap and is_cuda(device) else None
 
     def start(self, copy: Callable[[], None]) -> None:
         """Queue the copy; it starts once the work queued so far is done."""
