@@ -112,6 +112,31 @@ def test_a_capture_that_breaks_half_way(breaks, why, monkeypatch, caplog):
 
 
 @pytest.mark.gpu
+def test_ctrl_c_while_a_step_is_captured():
+    """It is heard, by `generate` and by an engine, and what comes next is as if nothing had happened."""
+    model = tight_model()
+    ids = ids_of(40)
+    expected = alone(model, ids, 20)
+
+    def interrupt(*args):
+        if torch.cuda.is_current_stream_capturing():
+            raise KeyboardInterrupt
+
+    with Engine(model, max_rows=1, max_context_tokens=128) as engine:
+        with model.model.layers[1].register_forward_pre_hook(interrupt):
+            with pytest.raises(KeyboardInterrupt):
+                alone(model, ids, 20)
+            request = engine.submit(ids, params(20), request_id="cut")
+            with pytest.raises(KeyboardInterrupt):
+                engine.run()
+        with pytest.raises(EngineError, match="KeyboardInterrupt.*'cut'"):
+            engine.step()
+        assert request.state is State.FAILED
+        assert engine.generate([ids], params(20)) == [expected] and engine.stepper.runner.captured
+    assert alone(model, ids, 20) == expected and torch.isfinite(torch.randn(4, device="cuda")).all()
+
+
+@pytest.mark.gpu
 def test_a_replay_that_fails_fails_its_requests_and_the_engine_goes_on(monkeypatch):
     """1. two requests run from a graph, one waits. 2. the replay fails. 3. the third is answered, from a new graph."""
     model = tight_model()

@@ -1,5 +1,6 @@
 """Captured steps are eager steps: the same tokens and tables, whatever joins, leaves or is dropped in between."""
 
+import gc
 from functools import partial
 
 import pytest
@@ -165,6 +166,20 @@ def test_a_second_turn_keeps_its_stepper():
     assert stepper is not None and stepper is stepper_of(model, cache)
     greedy(model, torch.cat([first, prompt(20, seed=4)], 1), past_key_values=cache)
     assert cache.stepper is stepper
+
+
+@pytest.mark.gpu
+def test_run_after_run_takes_no_more_device_memory():
+    """Every `generate` captures for a cache of its own, which goes with its graphs and their memory."""
+    model = offload(tiny_model("llama", device=DEVICE), sparse_config(**TIGHT))
+    held = []
+    for seed in range(12):
+        greedy(model, prompt(100, seed=seed))
+        assert model.rheo._last.stepper.runner.captured
+        gc.collect()
+        held.append((torch.cuda.memory_allocated(), torch.cuda.memory_reserved()))
+    allocated, reserved = zip(*held[3:], strict=True)
+    assert max(allocated) - min(allocated) < 1 << 20 and max(reserved) - min(reserved) < 64 << 20
 
 
 def test_sampling_is_the_same_in_any_row():
