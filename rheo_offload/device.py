@@ -15,7 +15,9 @@ This is legal while a CUDA graph is being captured: forks and joins are events, 
 
 import time
 from contextlib import AbstractContextManager, nullcontext
+from functools import cache
 from pathlib import Path
+from typing import Any
 
 import psutil
 import torch
@@ -87,6 +89,16 @@ def is_cuda(device: torch.device | str) -> bool:
 def stream(device: torch.device | str) -> Stream:
     """Make a new side stream of the device."""
     return torch.cuda.Stream(device) if is_cuda(device) else CpuStream()
+
+
+@cache
+def capture_stream(device: torch.device) -> Any:
+    """Return the one stream of a device that steps are captured on.
+
+    torch's own is on whichever device was current at its first capture, and cuBLAS keeps a workspace for every stream
+    that it has met.
+    """
+    return stream(device)
 
 
 def current_stream(device: torch.device | str) -> Stream:

@@ -1,6 +1,8 @@
 """Op name + device -> kernel. The only place that knows which home an op runs from."""
 
 import importlib
+from collections.abc import Callable
+from functools import wraps
 from types import SimpleNamespace
 from typing import Any
 
@@ -46,9 +48,23 @@ def kernels_for(device: torch.device, kernels: str = "auto") -> SimpleNamespace:
     if kernels not in HOMES:
         raise ValueError(f"kernels must be auto or one of {sorted(HOMES)}, not {kernels!r}")
     home = HOMES[kernels]
-    return SimpleNamespace(
-        **{op: getattr(importlib.import_module(f"csrc_free_kernels.{home}.{op}"), op) for op in OPS}
-    )
+    ops = {op: getattr(importlib.import_module(f"csrc_free_kernels.{home}.{op}"), op) for op in OPS}
+    if device.type == "cuda" and torch.cuda.device_count() > 1:
+        ops = {name: _on(device, op) for name, op in ops.items()}
+    return SimpleNamespace(**ops)
+
+
+def _on(device: torch.device, op: Callable[..., Any]) -> Callable[..., Any]:
+    """Return `op` with `device` as the current one: Triton launches there, wherever the tensors are."""
+
+    @wraps(op)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        if torch.cuda.current_device() == device.index:
+            return op(*args, **kwargs)
+        with torch.cuda.device(device):
+            return op(*args, **kwargs)
+
+    return call
 
 
 def of_kernels(module: str, name: str) -> Any:

@@ -1,6 +1,13 @@
-"""Shared test set-up: where Triton runs, seeds, and the `gpu` and `slow` markers."""
+"""Shared test set-up: threads, where Triton runs, seeds, and the `gpu` and `slow` markers."""
 
 import os
+
+# Workers of pytest-xdist share the cores: with all of them for each worker, the suite takes many times as long. Set
+# before torch and numba are imported, and for the processes that tests start.
+if "PYTEST_XDIST_WORKER_COUNT" in os.environ:
+    threads = max(1, (os.cpu_count() or 1) // int(os.environ["PYTEST_XDIST_WORKER_COUNT"]))
+    for name in ("OMP_NUM_THREADS", "NUMBA_NUM_THREADS"):
+        os.environ.setdefault(name, str(threads))
 
 import torch
 
@@ -15,9 +22,8 @@ import pytest
 def pytest_configure(config):
     config.addinivalue_line("markers", "gpu: needs a CUDA device")
     config.addinivalue_line("markers", "slow: takes more than a few seconds")
-    torch.set_num_threads(
-        min(2, os.cpu_count() or 1) if not torch.cuda.is_available() else torch.get_num_threads()
-    )
+    threads = int(os.environ.get("OMP_NUM_THREADS", os.cpu_count() or 1))  # torch may have been there before
+    torch.set_num_threads(threads if torch.cuda.is_available() else min(2, threads))
 
 
 def pytest_collection_modifyitems(config, items):

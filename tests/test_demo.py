@@ -109,6 +109,7 @@ def test_dense_tokens_are_those_of_generate(model_dir, tokenizer):
 
 
 def test_every_method_gets_the_same_budget_and_pool():
+    assert {"lserve", "moba", "arkvale"} < set(needle.CONFIG_OF)
     for method in needle.CONFIG_OF:
         config = method_config(method, 2048)
         assert config.selection.method == method

@@ -15,6 +15,7 @@ from transformers.generation.streamers import BaseStreamer
 from rheo_offload import Engine, Request, SamplingParams, Stats, offload
 from rheo_offload.cli.options import add_config_options, at_least, config_from
 from rheo_offload.errors import CacheError, RheoError
+from rheo_offload.model.generation import sampling_params
 from rheo_offload.model.loader import load
 from rheo_offload.model.specs import max_positions
 
@@ -77,13 +78,15 @@ def run(args: argparse.Namespace) -> int:
     model, tokenizer = load(args.model, gguf=args.gguf, dtype=args.dtype, device=args.device)
     rows = encode(prompts, tokenizer, chat=args.chat, system=args.system)
     check_lengths(rows, args, max_positions(model.config))
+    if args.max_batch is not None:
+        params = sampling_params(model, max_new_tokens=args.max_new_tokens, **sampling)
     offload(model, config)
     torch.manual_seed(args.seed)
     recorder = Recorder(tokenizer, len(rows), stream_text=len(rows) == 1 and not args.json)
     interrupted = False
     try:
         if args.max_batch is not None:
-            generate_queue(model, rows, recorder, args)
+            generate_queue(model, rows, recorder, params, args.max_batch)
         else:
             generate(model, tokenizer, rows, recorder, args, sampling)
     except KeyboardInterrupt:
@@ -135,19 +138,20 @@ def check_queue(args: argparse.Namespace) -> None:
     """Refuse what a queue of requests cannot do."""
     if args.max_new_tokens < 1:
         raise RheoError("--max-batch needs --max-new-tokens of at least 1")
-    for name, default in (("decode_tail", 1), ("repetition_penalty", None), ("allow_longer", False)):
-        if getattr(args, name) != default:
+    off = {"decode_tail": (1,), "repetition_penalty": (None, 1.0), "allow_longer": (False,)}
+    for name, values in off.items():
+        if getattr(args, name) not in values:
             raise RheoError(f"--{name.replace('_', '-')} does not work together with --max-batch")
 
 
-def generate_queue(model: Any, rows: list[list[int]], recorder: "Recorder", args: argparse.Namespace) -> None:
-    """Run the prompts through an engine of `--max-batch` rows; new tokens arrive in `recorder`."""
-    sampled = any(getattr(args, name) is not None for name in ("temperature", "top_p", "top_k"))
-    temperature = 1.0 if args.temperature is None else args.temperature
-    longest = max(map(len, rows)) + args.max_new_tokens
-    tokens = args.max_new_tokens * len(rows)
+def generate_queue(
+    model: Any, rows: list[list[int]], recorder: "Recorder", params: SamplingParams, max_batch: int
+) -> None:
+    """Run the prompts through an engine of `max_batch` rows; new tokens arrive in `recorder`."""
+    longest = max(map(len, rows)) + params.max_new_tokens
+    tokens = params.max_new_tokens * len(rows)
     with (
-        Engine(model, max_rows=min(args.max_batch, len(rows)), max_context_tokens=longest) as engine,
+        Engine(model, max_rows=min(max_batch, len(rows)), max_context_tokens=longest) as engine,
         tqdm(total=tokens, unit="tok", desc="decode", file=sys.stderr, leave=False, disable=None) as bar,
     ):
         row_of: dict[str, int] = {}
@@ -157,12 +161,6 @@ def generate_queue(model: Any, rows: list[list[int]], recorder: "Recorder", args
             bar.update()
 
         for i, ids in enumerate(rows):
-            params = SamplingParams(
-                temperature=temperature if sampled else 0.0,
-                top_k=args.top_k or 0,
-                top_p=1.0 if args.top_p is None else args.top_p,
-                max_new_tokens=args.max_new_tokens,
-            )
             row_of[engine.submit(ids, params, on_token=add).id] = i
         engine.run()
         recorder.stats = engine.stats()

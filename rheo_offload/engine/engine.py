@@ -52,7 +52,7 @@ class Engine:
 
         Args:
             model: an offloaded model.
-            max_rows: requests that decode at once.
+            max_rows: requests that decode at once. A step that finds no device memory halves them for good.
             max_context_tokens: longest request, prompt and new tokens.
             allow_overtaking: as `Scheduler`.
             on_capture: told (rows, what) around every graph capture, for progress.
@@ -78,7 +78,7 @@ class Engine:
         self.model, self.max_rows, self.max_context_tokens = model, max_rows, max_context_tokens
         self._allow_overtaking, self._on_capture = allow_overtaking, on_capture
         self._ids = count()
-        self._closed = False
+        self._why_closed = ""
         self._open()
 
     def _open(self) -> None:
@@ -125,8 +125,10 @@ class Engine:
 
         Raises:
             RequestError: it can never run (too long, an empty prompt, a token the model does not have, an id in use).
-            EngineError: more stop tokens than a step compares with.
+            EngineError: more stop tokens than a step compares with, or the engine is closed.
         """
+        if self._why_closed:
+            raise EngineError(self._why_closed)
         request = Request(
             id=str(next(self._ids)) if request_id is None else request_id,
             prompt_ids=torch.as_tensor(
@@ -199,10 +201,11 @@ class Engine:
 
         Raises:
             EngineError: the step failed, or the one before was interrupted. Every request that had a row has failed
-                with it (the message has their ids); waiting ones are kept, and the engine can go on.
+                with it (the message has their ids). Waiting ones are kept, and the engine can go on; unless the device
+                cannot be used any more: then they have failed too, and the message says to restart the process.
         """
-        if self._closed:
-            raise EngineError("this engine was closed; make a new one")
+        if self._why_closed:
+            raise EngineError(self._why_closed)
         if self._interrupted is not None:
             self._recover(self._interrupted)
         try:
@@ -288,7 +291,12 @@ class Engine:
         clock.tick()
         for row, request in rows:
             if request.is_done:
-                continue  # it ended in the step before: this step left its row alone
+                if request.finish_reason in (
+                    "stop",
+                    "length",
+                ):  # in the step before: this one left its row alone
+                    self._kv.tokens_written -= 1
+                continue
             if got.bad[row]:
                 where = (
                     f"request {request.id!r}: logits not finite at new token {len(request.output_ids) + 1}"
@@ -367,18 +375,27 @@ class Engine:
         names = ", ".join(repr(r.id) for r in failed) or "none"
         first = str(error).splitlines()[0] if str(error) else type(error).__name__
         message = f"a step failed ({first}); requests that ran: {names}"
-        self.stepper.close()
-        self.cache.close()
-        _clear_frames(error)
+        fewer = ""
+        if isinstance(error, torch.OutOfMemoryError) and self.max_rows > 1:  # as many again would fail again
+            self.max_rows = buckets_for(self.max_rows)[-2]
+            fewer = f" with at most {self.max_rows} row(s)"
+            logger.warning("a step found no device memory: at most %d rows from now on", self.max_rows)
         try:
+            self.stepper.close()
+            self.cache.close()
+            _clear_frames(error)
             self._open()
-        except Exception as fatal:
-            raise EngineError(
-                f"{message}; the engine could not start over: {fatal}; restart the process"
-            ) from error
+        except Exception as fatal:  # an illegal access, say: every later call of the process fails as well
+            for request in waiting:
+                self.scheduler.fail(request, error)
+            why = (str(fatal) or type(fatal).__name__).splitlines()[0]
+            self._why_closed = f"{message}; the engine could not start over: {why}; restart the process"
+            raise EngineError(self._why_closed) from error
         for request in waiting:
             self.scheduler.submit(request)
-        raise EngineError(f"{message}; the engine goes on with {len(waiting)} waiting request(s)") from error
+        raise EngineError(
+            f"{message}; the engine goes on{fewer} with {len(waiting)} waiting request(s)"
+        ) from error
 
     def stats(self) -> Any:
         """Return the figures of the cache since the engine started (`Stats`). Waits for the device."""
@@ -386,11 +403,13 @@ class Engine:
 
     def close(self) -> None:
         """Give all memory back. Requests that have not ended are cancelled."""
+        if self._why_closed:
+            return
+        self._why_closed = "this engine was closed; make a new one"
         for request in (*self.scheduler.waiting, *self.scheduler.active):
             self.scheduler.cancel(request.id)
         self.stepper.close()
         self.cache.close()
-        self._closed = True
 
     def __enter__(self) -> "Engine":
         return self

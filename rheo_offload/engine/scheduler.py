@@ -181,24 +181,6 @@ class Scheduler:
                 return moves
         return []
 
-    def limit_rows(self, max_rows: int) -> None:
-        """Hand out only the first `max_rows` rows from now on, and forget the buckets beyond them.
-
-        For when the batch that was planned does not fit after all.
-
-        Raises:
-            RequestError: a request holds a row beyond; nothing changed.
-        """
-        buckets = tuple(b for b in self.buckets if b <= max_rows)
-        limit = min(self.max_rows, buckets[-1]) if buckets else 0
-        beyond = [r.id for r in self.active if self._row(r) >= limit]
-        if beyond or not buckets:
-            raise RequestError(
-                f"cannot go down to {max_rows} rows: the buckets are {self.buckets}, and {beyond} hold rows beyond; "
-                "end these requests first"
-            )
-        self.max_rows, self.buckets = limit, buckets
-
     # ---- going ---------------------------------------------------------------------------------------------------
 
     def finish(self, request: Request, reason: FinishReason) -> None:

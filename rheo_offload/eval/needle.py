@@ -27,6 +27,7 @@ from rheo_offload.eval.texts import prose_paragraphs
 from rheo_offload.metrics.probe import device_facts, versions
 from rheo_offload.model.loader import PACKAGED_MODEL, load
 from rheo_offload.model.offload import offload, restore
+from rheo_offload.selection.policy import METHODS as SELECTORS
 
 __all__ = [
     "NeedlePrompt",
@@ -143,8 +144,8 @@ def rheo_tokens(model: PreTrainedModel, prompt: NeedlePrompt, *, max_new_tokens:
 
 
 DENSE = "dense"
-# The packaged configuration of each method; the budget and the pool are made equal.
-CONFIG_OF = {"mean_key": "default", "quest": "quest", "infllm_v2": "infllm_v2", "streaming": "streaming"}
+# The packaged configuration of each method that selects; the budget and the pool are made equal.
+CONFIG_OF = {name: "default" if name == "mean_key" else name for name in SELECTORS if name != "full"}
 METHODS = (DENSE, *CONFIG_OF)
 DEPTHS = (0.1, 0.3, 0.5, 0.7, 0.9)
 MIB = 1 << 20

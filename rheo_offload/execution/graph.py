@@ -8,13 +8,14 @@ The graphs of all buckets share one memory pool: they never run at the same time
 """
 
 import logging
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
-from rheo_offload.device import current_stream, is_cuda, on_stream, synchronize
+from rheo_offload.device import capture_stream, current_stream, is_cuda, on_stream, synchronize
 from rheo_offload.errors import GraphError
 
 logger = logging.getLogger("rheo_offload")
@@ -126,10 +127,12 @@ class GraphRunner:
 
     def close(self) -> None:
         """Let every graph go, once the last replay is done: it runs in memory that a graph owns."""
-        if self.captured:
-            synchronize(self.device)
-        self._graphs.clear()
-        self._pool = None
+        try:
+            if self.captured:
+                synchronize(self.device)
+        finally:
+            self._graphs.clear()
+            self._pool = None
 
     def _forget(self, version: Hashable) -> None:
         if any(state.graph is not None for state in self._graphs.values()):
@@ -144,24 +147,67 @@ class GraphRunner:
         graph = torch.cuda.CUDAGraph()
         try:
             torch.cuda.synchronize(self.device)
+            with self._recording(graph):
+                step(bucket, variant)
+        except RuntimeError as error:
+            state.reason = _why_broken(error)
+            logger.warning("batch of %d runs eagerly: %s", bucket, state.reason)
+        else:
+            state.graph, self.captures = graph, self.captures + 1
+        self._tell(bucket, state.reason or "captured")
+
+    @contextmanager
+    def _recording(self, graph: Any) -> Iterator[None]:
+        """Record the body into `graph`; raises what broke it, not the error that ending a broken capture adds."""
+        pool, first = self._pool, None
+        try:
             # thread_local: another thread may go on registering host memory meanwhile
             # on_stream: a capture that breaks leaves its own stream behind as the current one
             with (
                 on_stream(current_stream(self.device)),
-                torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"),
+                torch.cuda.graph(
+                    graph, pool=pool, stream=capture_stream(self.device), capture_error_mode="thread_local"
+                ),
             ):
-                step(bucket, variant)
-        except torch.OutOfMemoryError:
-            state.reason = "no device memory left to capture it; lower cache.device_memory or the batch"
-        except RuntimeError as error:  # what the model does cannot be captured
-            state.reason = f"the step cannot be captured: {str(error).splitlines()[0]}"
-        if state.reason is None:
-            state.graph, self.captures = graph, self.captures + 1
-        else:
-            logger.warning("batch of %d runs eagerly: %s", bucket, state.reason)
-        self._tell(bucket, state.reason or "captured")
+                try:
+                    yield
+                except BaseException as error:
+                    first = error
+                    raise
+        except BaseException as error:
+            mend_torch(self.device, pool)
+            self._pool = None  # where torch thinks the old one is still being filled, it cannot be used again
+            if first is None or first is error:
+                raise
+            raise first from None
+        finally:
+            del first  # its frames hold this one
 
     def _tell(self, bucket: int, what: str) -> None:
         logger.info("decode step for a batch of %d: %s", bucket, what)
         if self.on_capture is not None:
             self.on_capture(bucket, what)
+
+
+def mend_torch(device: torch.device, pool: Any) -> None:
+    """Make torch notice that a capture into `pool`, which broke, is over.
+
+    Up to version 2.11 it does not (pytorch/pytorch pull request 180395): the allocator takes the capture for still
+    under way, gives no cached memory back when the device is full and refuses every later capture, and nothing random
+    can be drawn on the device.
+    """
+    allocator: Any = torch.cuda.memory
+    with suppress(RuntimeError):  # the allocator knew, and the graph gives its share in the pool back
+        allocator._cuda_endAllocateToPool(device.index or 0, pool)
+        allocator._cuda_releasePool(device.index or 0, pool)
+    with suppress(RuntimeError), on_stream(current_stream(device)):  # a capture that succeeds does the rest
+        graph, place = torch.cuda.CUDAGraph(), torch.empty(1, device=device)
+        with torch.cuda.graph(graph, stream=capture_stream(device), capture_error_mode="thread_local"):
+            place.zero_()
+
+
+def _why_broken(error: RuntimeError) -> str:
+    text = (str(error) or type(error).__name__).splitlines()[0]
+    if isinstance(error, torch.OutOfMemoryError) or "out of memory" in text:
+        return "no device memory left to capture it; lower cache.device_memory or the batch"
+    return f"the step cannot be captured: {text}"

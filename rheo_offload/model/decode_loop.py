@@ -78,18 +78,13 @@ class DecodeLoop:
 
     def _why_not(self, model: Any, processors: Any, criteria: Any, config: Any) -> str | None:
         """Why transformers' loop must run: a reason worth a log line, or an empty one; None when ours can."""
-        known = (self.own_logits, TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper)
-        # by type: a subclass may do something else
-        odd = [type(p).__name__ for p in processors if type(p) not in known]
         stops = (self.own_criteria, MaxLengthCriteria, EosTokenCriteria, MaxTimeCriteria)
-        odd += [type(c).__name__ for c in criteria if type(c) not in stops]
+        odd = [type(c).__name__ for c in criteria if type(c) not in stops]
         if odd:
             return f"it has no {', '.join(odd)}"
-        order = [known.index(type(p)) for p in processors if type(p) is not self.own_logits]
-        if config.do_sample and order != sorted(set(order)):
-            return "it applies temperature, top-k and top-p once each, in this order"
-        if any(type(p) is TopPLogitsWarper and p.top_p == 0 for p in processors):
-            return "it has no top_p of 0 (temperature 0 is greedy)"
+        others = [p for p in processors if type(p) is not self.own_logits]
+        if why := why_not_sampled(others, ordered=config.do_sample):
+            return why
         if not has_sampler(model):
             return f"it takes {largest_vocabulary()} logits a row at most"
         asked = [name for name in KEPT_ASIDE if getattr(config, name, None)]
@@ -108,7 +103,7 @@ class DecodeLoop:
         """Bring the cache's stepper, made once, to the state of this call."""
         stepper = stepper_of(model, self.cache)
         rows, device = input_ids.shape[0], input_ids.device
-        params = _sampling(processors) if config.do_sample else {}
+        params = sampling_of(processors) if config.do_sample else {}
         for row in range(rows):  # every row draws for itself: the seeds come from torch's generator
             stepper.sampler.set_row(row, SamplingParams(**params))
         stops = _stop_ids(criteria)
@@ -176,7 +171,29 @@ def _stop_ids(criteria: Any) -> list[int]:
     return sorted({int(i) for ids in found for i in torch.as_tensor(ids).flatten().tolist()})
 
 
-def _sampling(processors: Any) -> dict[str, Any]:
+def why_not_sampled(processors: Any, *, ordered: bool) -> str | None:
+    """Say why the sampler cannot do what transformers' logits processors do; None when it can.
+
+    Args:
+        processors: in the order in which they are applied.
+        ordered: whether the order matters (it does not for the most likely token).
+    """
+    known = (TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper)
+    odd = [
+        type(p).__name__ for p in processors if type(p) not in known
+    ]  # by type: a subclass may do something else
+    if odd:
+        return f"it has no {', '.join(odd)}"
+    order = [known.index(type(p)) for p in processors]
+    if ordered and order != sorted(set(order)):
+        return "it applies temperature, top-k and top-p once each, in this order"
+    if any(type(p) is TopPLogitsWarper and p.top_p == 0 for p in processors):
+        return "it has no top_p of 0 (temperature 0 is greedy)"
+    return None
+
+
+def sampling_of(processors: Any) -> dict[str, Any]:
+    """Return temperature, top_k and top_p of `SamplingParams` as transformers' warpers have them."""
     params: dict[str, Any] = {"temperature": 1.0}
     for p in processors:
         if isinstance(p, TemperatureLogitsWarper):

@@ -161,14 +161,14 @@ class _Ops:
     """
 
     def __init__(self) -> None:
-        self._of: dict[str, SimpleNamespace] = {}
+        self._of: dict[torch.device, SimpleNamespace] = {}
 
     def __call__(self, x: Tensor) -> SimpleNamespace:
-        kind = x.device.type
-        if kind not in self._of:
-            self._of[kind] = kernels_for(x.device, "triton" if kind == "cuda" else "reference")
-            self._of[kind].few_rows_config = of_kernels("launch", "few_rows_config")
-        return self._of[kind]
+        device = x.device
+        if device not in self._of:
+            self._of[device] = kernels_for(device, "triton" if device.type == "cuda" else "reference")
+            self._of[device].few_rows_config = of_kernels("launch", "few_rows_config")
+        return self._of[device]
 
 
 def _product(

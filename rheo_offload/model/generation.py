@@ -11,10 +11,12 @@ from typing import Any
 
 import torch
 from transformers import LogitsProcessor, LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
+from transformers.generation import GenerationMode
 
 from rheo_offload.errors import CacheError, NonFiniteError, RheoError
+from rheo_offload.execution.sampler import SamplingParams
 from rheo_offload.metrics.clock import RunClock
-from rheo_offload.model.decode_loop import DecodeLoop, has_sampler, stepper_of
+from rheo_offload.model.decode_loop import DecodeLoop, has_sampler, sampling_of, stepper_of, why_not_sampled
 from rheo_offload.model.prefill import prefill_rows
 
 logger = logging.getLogger("rheo_offload")
@@ -137,6 +139,39 @@ def rheo_generate(
         if fresh:
             cache.close()  # nobody else can reach it
         raise
+
+
+def sampling_params(model: Any, *, max_new_tokens: int, **options: Any) -> SamplingParams:
+    """Return what `model.generate(**options)` does to choose tokens, for requests of an engine.
+
+    What is not among the options comes from the model's generation_config, as in `generate`. (The engine reads the
+    end tokens from there by itself.)
+
+    Args:
+        model: offloaded or not.
+        max_new_tokens: of a request.
+        options: of `generate`: do_sample, temperature, top_k, top_p, repetition_penalty and the like.
+
+    Raises:
+        RheoError: they ask for something an engine does not do; the message names it.
+    """
+    config, _ = model._prepare_generation_config(None, **options)
+    model._prepare_special_tokens(config, True, device=model.device)
+    mode = config.get_generation_mode()
+    processors = model._get_logits_processor(config, input_ids_seq_length=1, device=model.device)
+    why = why_not_sampled(processors, ordered=config.do_sample)
+    if mode not in (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE):
+        why = f"it has no {mode.value.replace('_', ' ')}"
+    elif config.stop_strings:
+        why = "it has no stop_strings"
+    if why is not None:
+        raise RheoError(
+            f"an engine cannot do what these options, or the model's generation_config, ask for: {why}; use "
+            "model.generate, or switch it off"
+        )
+    return SamplingParams(
+        max_new_tokens=max_new_tokens, **(sampling_of(processors) if config.do_sample else {})
+    )
 
 
 def _is_assisted(model: Any, kwargs: dict[str, Any]) -> bool:

@@ -18,6 +18,7 @@ from bench.shapes import quick_config, random_model, view
 from bench.suites import SUITES, memory, misses, resident
 from bench.timing import Quantiles, Rates
 from rheo_offload.config import RheoConfig, resolve_auto
+from tests.helpers.homes import DEVICE
 
 CPU = torch.device("cpu")
 SIZE, BUDGET_BLOCKS, RECENT, LAYERS, HEADS = 16, 4, 1, 3, 2
@@ -286,10 +287,9 @@ def test_the_drop_kernel_drops_what_the_host_drops():
     for rate in (0.0, 0.5, 1.0):
         tables = [(slot_of.clone(), block_in.clone()) for _ in range(2)]
         drop_on_host(ids, *tables[0], steps, torch.tensor([rate]), 3)
-        drop_kernel[(rows * heads,)](
-            ids, *tables[1], steps, torch.tensor([rate]), 3, *slot_of.stride()[:2], HKV=heads, K=count, K_P=8
-        )
-        assert torch.equal(tables[0][0], tables[1][0]) and torch.equal(tables[0][1], tables[1][1])
+        there = [t.to(DEVICE) for t in (ids, *tables[1], steps, torch.tensor([rate]))]
+        drop_kernel[(rows * heads,)](*there, 3, *slot_of.stride()[:2], HKV=heads, K=count, K_P=8)
+        assert torch.equal(tables[0][0], there[1].cpu()) and torch.equal(tables[0][1], there[2].cpu())
         gone = (tables[0][0] == -1) & (slot_of != -1)
         assert int((block_in != tables[0][1]).sum()) == int(gone.sum())
         dropped.append(int(gone.sum()))

@@ -2,11 +2,12 @@
 
 import io
 import json
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from rheo_offload.cli import generate
 from rheo_offload.cli.main import main
@@ -21,13 +22,18 @@ def rheo(*argv: object) -> int:
     return main(["generate", *map(str, argv), *COMMON])
 
 
-def stock_text(model_dir: Path, prompt: str, new_tokens: int, *, add_special_tokens: bool = True) -> str:
-    """What transformers alone generates greedily, in fp32."""
-    tokenizer = AutoTokenizer.from_pretrained(model_dir)
+def stock_ids(model_dir: Path, prompt: str, new_tokens: int, **kwargs: bool) -> list[int]:
+    """What transformers alone generates greedily, in fp32; `kwargs` are the tokenizer's."""
+    ids = AutoTokenizer.from_pretrained(model_dir)(prompt, return_tensors="pt", **kwargs)["input_ids"]
     model = AutoModelForCausalLM.from_pretrained(model_dir, attn_implementation="eager")
-    ids = tokenizer(prompt, return_tensors="pt", add_special_tokens=add_special_tokens)["input_ids"]
     out = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=new_tokens, do_sample=False)
-    return tokenizer.decode(out[0, ids.shape[1] :], skip_special_tokens=True)
+    return out[0, ids.shape[1] :].tolist()
+
+
+def stock_text(model_dir: Path, prompt: str, new_tokens: int, **kwargs: bool) -> str:
+    """The same as text."""
+    tokenizer = AutoTokenizer.from_pretrained(model_dir)
+    return tokenizer.decode(stock_ids(model_dir, prompt, new_tokens, **kwargs), skip_special_tokens=True)
 
 
 def test_text_goes_to_stdout_and_figures_to_stderr(model_dir: Path, capsys):
@@ -80,6 +86,24 @@ def test_a_queue_of_prompts_equals_one_batch(model_dir: Path, tmp_path: Path, ca
     assert records[1]["stats"]["new_tokens"] == 30 and records[1]["stats"]["prompt_tokens"] > 400
     assert rheo(*common, "--max-batch", 2, "--repetition-penalty", 1.2) == 2
     assert "--repetition-penalty does not work together with --max-batch" in capsys.readouterr().err
+
+
+def test_a_queue_reads_the_models_generation_config(model_dir: Path, tmp_path: Path, capsys):
+    """Its end token ends rows and its top-k of one makes draws greedy, as in one batch; what cannot be done is said."""
+    own = tmp_path / "model"
+    shutil.copytree(model_dir, own)
+    end = stock_ids(model_dir, PROMPT, 4)[-1]
+    GenerationConfig(do_sample=True, eos_token_id=end, top_k=1, pad_token_id=0).save_pretrained(own)
+    common = ["--model", own, "--prompt", PROMPT, "--max-new-tokens", 9, "--temperature", 1.5, "--json"]
+    records = []
+    for more in ([], ["--max-batch", 2]):
+        assert rheo(*common, *more) == 0
+        records.append(json.loads(capsys.readouterr().out)["results"])
+    assert records[0] == records[1] and records[0][0]["finish_reason"] == "stop"
+    GenerationConfig(repetition_penalty=1.3).save_pretrained(own)
+    assert rheo(*common, "--max-batch", 2) == 2
+    assert "no RepetitionPenaltyLogitsProcessor" in capsys.readouterr().err
+    assert rheo(*common, "--max-batch", 2, "--repetition-penalty", 1) == 0
 
 
 def test_a_queue_of_one_prompt_prints_its_text(model_dir: Path, capsys):

@@ -2,7 +2,9 @@
 
 import random
 
+import psutil
 import pytest
+import torch
 
 from rheo_offload import offload
 from rheo_offload.engine.engine import Engine, stream
@@ -116,6 +118,15 @@ def test_more_requests_than_rows_wait_their_turn():
         assert engine.generate(prompts, params(6)) == [alone(model, ids, 6) for ids in prompts]
 
 
+def test_the_bytes_written_through_are_those_of_the_tokens():
+    """The step behind a request's last one, which the host launches before it knows, writes nothing."""
+    model = tight_model()
+    with Engine(model, max_rows=2, max_context_tokens=128) as engine:
+        engine.generate([ids_of(40), ids_of(20), ids_of(1)], params(6))
+        tokens = (39 + 6) + (19 + 6) + 6
+        assert engine.stats().d2h_bytes == tokens * 2 * 2 * 2 * 16 * 4  # layers x (K, V) x heads x D x 4
+
+
 def test_draws_do_not_depend_on_the_company():
     model = tight_model()
     how = params(10, temperature=0.8, top_k=20, top_p=0.9, seed=4)
@@ -150,23 +161,27 @@ def test_a_step_that_fails_names_its_requests_and_the_engine_goes_on(monkeypatch
 
 
 def test_a_row_with_bad_logits_fails_alone():
-    model = tight_model(execution={"graph": "off"})  # so that the hook below is called in every step
-    with Engine(model, max_rows=2, max_context_tokens=128) as engine:
-        good = engine.submit(ids_of(40, seed=1), params(8))
-        bad = engine.submit(ids_of(40, seed=2), params(8))
-        while bad.state is not State.RUNNING or good.state is not State.RUNNING:
+    """What spoils them is device data, so that a replayed step has it too."""
+    model = tight_model()
+    spoiled = torch.zeros(2, 1, 1, dtype=torch.bool, device=DEVICE)
+
+    def spoil(module, args, output):
+        return torch.where(spoiled[: len(output)], torch.nan, output)
+
+    with (
+        Engine(model, max_rows=2, max_context_tokens=128) as engine,
+        model.lm_head.register_forward_hook(spoil),
+    ):
+        good = engine.submit(ids_of(40, seed=1), params(14))
+        bad = engine.submit(ids_of(40, seed=2), params(14))
+        while len(bad.output_ids) < 4:
             engine.step()
-
-        def spoil(module, args, output):
-            row = bad.row
-            if row is not None and output.shape[0] > row:
-                output[row] = float("nan")
-            return output
-
-        with model.lm_head.register_forward_hook(spoil):
-            engine.run()
-        assert good.output_ids == alone(model, ids_of(40, seed=1), 8)
+        assert engine.stepper.runner.captured == ([(2, "greedy")] if DEVICE == "cuda" else [])
+        spoiled[bad.row] = True
+        engine.run()
         assert isinstance(bad.error, NonFiniteError) and "new token" in str(bad.error)
+        assert 4 <= len(bad.output_ids) < 14
+    assert good.output_ids == alone(model, ids_of(40, seed=1), 14)
 
 
 def test_what_can_never_run_is_refused_and_nothing_changes():
@@ -189,8 +204,9 @@ def test_what_can_never_run_is_refused_and_nothing_changes():
 def test_a_closed_engine_says_so():
     engine = Engine(tight_model(), max_rows=1, max_context_tokens=64)
     engine.close()
-    with pytest.raises(EngineError, match="closed"):
-        engine.step()
+    for use in (engine.step, lambda: engine.submit(ids_of(4)), lambda: engine.generate([ids_of(4)])):
+        with pytest.raises(EngineError, match="closed"):
+            use()
 
 
 def test_a_long_run_takes_no_more_memory():
@@ -203,3 +219,30 @@ def test_a_long_run_takes_no_more_memory():
             engine.generate([ids_of(BLOCK + i % 5, seed=i), ids_of(1 + i % 7, seed=i)], params(1 + i % 6))
         assert engine._kv.version == version and model.rheo._store.bytes_usable == pages
         assert model.rheo._store.pages_in_use == 0
+
+
+@pytest.mark.gpu
+def test_two_thousand_steps_take_no_more_memory_and_no_more_captures():
+    """The same requests over and over: after the first time nothing is captured, and nothing grows."""
+    model = tight_model()
+    with Engine(model, max_rows=4, max_context_tokens=128) as engine:
+
+        def waves():
+            """One to four requests at once, greedy ones and then drawn ones, each wave until all have ended."""
+            for wave in range(8):
+                how = params(20 + wave % 3, temperature=0.8 * (wave // 4), seed=wave)
+                for i in range(1 + wave % 4):
+                    engine.submit(ids_of(20 + 9 * i, seed=i), how)
+                engine.run()
+
+        def captured():
+            return engine.stepper.runner.captures, engine._kv.version
+
+        waves()
+        before, first = captured(), engine.steps
+        device, host = torch.cuda.memory_allocated(), psutil.Process().memory_info().rss
+        while engine.steps - first < 2000:
+            waves()
+        assert captured() == before and before[0] == 6, "three buckets, greedy and sampling"
+        assert torch.cuda.memory_allocated() - device < 1 << 20
+        assert psutil.Process().memory_info().rss - host < 16 << 20

@@ -9,6 +9,7 @@ import torch
 from rheo_offload.engine.engine import Engine, stream
 from rheo_offload.engine.request import State
 from rheo_offload.errors import CacheError, EngineError, HostMemoryError, RequestError
+from rheo_offload.execution import graph
 from rheo_offload.execution.graph import GraphRunner
 from rheo_offload.model.stepper import Stepper
 from tests.engine.test_engine import alone, ids_of, params, tight_model
@@ -52,6 +53,7 @@ def test_an_interrupted_step_is_not_gone_on_from():
 
 def test_a_failed_step_holds_no_pool(monkeypatch):
     """The error stays with its requests, but not what its frames hold: the next pool needs that memory."""
+    monkeypatch.setattr(graph, "EAGER_STEPS", 100)  # every step is launched by the host, on a GPU too
     model = tight_model()
     with Engine(model, max_rows=2, max_context_tokens=128) as engine:
         request = engine.submit(ids_of(40), params(30))

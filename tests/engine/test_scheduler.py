@@ -225,20 +225,6 @@ def test_the_largest_bucket_is_the_largest_batch():
         Scheduler(1, (1,), BLOCK, 0, lambda: 10)
 
 
-def test_fewer_rows_after_a_capture_that_did_not_fit():
-    sched, store = scheduler(rows=8)
-    requests = started(sched, store, 6)
-    with pytest.raises(RequestError, match=r"\['4', '5'\] hold rows beyond"):
-        sched.limit_rows(5)  # the largest bucket up to 5 is 4
-    assert sched.max_rows == 8
-    for r in requests[4:]:
-        sched.fail(r, RuntimeError())
-    sched.limit_rows(5)
-    assert (sched.max_rows, sched.buckets) == (4, (1, 2, 4))
-    sched.submit(request("late"))
-    assert admit(sched, store) == []
-
-
 # ---- random schedules ------------------------------------------------------------------------------------------------
 
 

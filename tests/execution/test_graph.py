@@ -25,7 +25,7 @@ class Step:
     def __init__(self):
         self.ran, self.launched, self.fail = [], [], None
         self.capturing = None
-        self.stream = "main"
+        self.stream, self.mended = "main", []
 
     def __call__(self, rows, variant):
         if self.fail is not None and self.capturing is not None:
@@ -43,13 +43,17 @@ def step(monkeypatch):
 
     @contextmanager
     def capture(graph, **kwargs):
-        before, step.stream = step.stream, "capture"
+        before, step.stream = step.stream, kwargs["stream"]
         step.capturing = graph
         try:
             yield
-        finally:
-            step.capturing = None
-        step.stream = before  # not when it broke: neither does torch
+        except BaseException as error:
+            step.capturing = (
+                None  # and the stream stays: torch leaves it behind, and says nothing about the cause
+            )
+            raise RuntimeError("operation failed due to a previous error during capture") from error
+        step.capturing = None
+        step.stream = before
 
     @contextmanager
     def on_stream(stream):
@@ -62,6 +66,8 @@ def step(monkeypatch):
     monkeypatch.setattr(graph_module, "is_cuda", lambda device: True)
     monkeypatch.setattr(graph_module, "current_stream", lambda device: step.stream)
     monkeypatch.setattr(graph_module, "on_stream", on_stream)
+    monkeypatch.setattr(graph_module, "capture_stream", lambda device: "capture")
+    monkeypatch.setattr(graph_module, "mend_torch", lambda device, pool: step.mended.append(pool))
     monkeypatch.setattr(torch.cuda, "CUDAGraph", FakeGraph)
     monkeypatch.setattr(torch.cuda, "graph", capture)
     monkeypatch.setattr(torch.cuda, "synchronize", lambda device=None: None)
@@ -146,12 +152,35 @@ def test_what_cannot_be_captured_runs_eagerly_with_the_reason(step):
     )
 
 
-def test_a_capture_that_breaks_leaves_no_stream_behind(step):
+def test_a_capture_that_breaks_leaves_nothing_behind(step):
+    """The stream is the old one, torch was told, and the next bucket is captured into memory of its own."""
     graphs = runner()
     step.fail = RuntimeError("operation not permitted when stream is capturing")
     for _ in range(4):
         graphs.run(step, 1, version=1)
     assert graphs.why_eager(1) and step.stream == "main"
+    assert len(step.mended) == 1 and step.mended[0] is not graphs._pool
+    step.fail = None
+    for _ in range(4):
+        graphs.run(step, 2, version=1)
+    assert graphs.captured == [(2, None)] and len(step.mended) == 1
+
+
+def test_ctrl_c_in_a_capture_is_not_taken_for_a_step_that_cannot_be_captured(step):
+    graphs = runner()
+    step.fail = KeyboardInterrupt()
+    with pytest.raises(KeyboardInterrupt):
+        for _ in range(4):
+            graphs.run(step, 1, version=1)
+    assert step.stream == "main" and not graphs.captured
+
+
+def test_an_error_without_a_message_is_a_reason_too(step):
+    graphs = runner()
+    step.fail = RuntimeError()
+    for _ in range(4):
+        graphs.run(step, 1, version=1)
+    assert graphs.why_eager(1) == "the step cannot be captured: RuntimeError"
 
 
 def test_a_step_may_be_eager_on_purpose(step):

@@ -7,6 +7,7 @@ import torch
 
 from rheo_offload import DeviceMemoryError, offload
 from rheo_offload.cache.sizing import allocate_shrinking, capacity_floor
+from tests.helpers.homes import DEVICE
 from tests.helpers.tiny_model import tiny_model
 from tests.test_end_to_end import greedy, prompt, sparse_config
 
@@ -40,7 +41,9 @@ def test_capacity_below_the_budget_is_refused():
 @pytest.mark.parametrize(("slots", "expected"), [(100, 20), (12, 12), (8, 8)])
 def test_a_cap_in_bytes_sets_the_capacity(slots, expected, caplog):
     """300 + 20 tokens are 20 blocks a row; the budget of 6 needs 7 slots, and asks for 9 (ratio 1.5)."""
-    model = offload(tiny_model("llama"), sparse_config(cache={"device_memory": slots * PER_SLOT}))
+    model = offload(
+        tiny_model("llama", device=DEVICE), sparse_config(cache={"device_memory": slots * PER_SLOT})
+    )
     with caplog.at_level(logging.WARNING, "rheo_offload"):
         greedy(model, prompt(300), new=20)
     assert model.rheo.stats().capacity_blocks == expected
@@ -48,7 +51,7 @@ def test_a_cap_in_bytes_sets_the_capacity(slots, expected, caplog):
 
 
 def test_a_cap_below_the_budget_is_refused_before_the_first_token():
-    model = offload(tiny_model("llama"), sparse_config(cache={"device_memory": 6 * PER_SLOT}))
+    model = offload(tiny_model("llama", device=DEVICE), sparse_config(cache={"device_memory": 6 * PER_SLOT}))
     with pytest.raises(DeviceMemoryError, match=r"token_budget.*cache.device_memory"):
         greedy(model, prompt(300), new=20)
 

@@ -1,5 +1,8 @@
 """Captured steps are eager steps: the same tokens and tables, whatever joins, leaves or is dropped in between."""
 
+import gc
+from functools import partial
+
 import pytest
 import torch
 from transformers import GenerationConfig, LogitsProcessor, StoppingCriteria, TemperatureLogitsWarper
@@ -7,10 +10,12 @@ from transformers.generation import MaxLengthCriteria, MaxTimeCriteria, TopKLogi
 
 from rheo_offload import CacheError, offload
 from rheo_offload.engine.engine import Engine
-from rheo_offload.errors import EngineError, GraphError
+from rheo_offload.errors import EngineError, GraphError, RheoError
+from rheo_offload.execution import graph
 from rheo_offload.execution.sampler import Sampler, SamplingParams
 from rheo_offload.metrics.clock import RunClock
 from rheo_offload.model.decode_loop import DecodeLoop, stepper_of
+from rheo_offload.model.generation import sampling_params
 from rheo_offload.model.stepper import STEPS_IN_FLIGHT, Stepper
 from tests.helpers.homes import DEVICE
 from tests.helpers.tiny_model import FAMILIES, tiny_model
@@ -163,6 +168,20 @@ def test_a_second_turn_keeps_its_stepper():
     assert cache.stepper is stepper
 
 
+@pytest.mark.gpu
+def test_run_after_run_takes_no_more_device_memory():
+    """Every `generate` captures for a cache of its own, which goes with its graphs and their memory."""
+    model = offload(tiny_model("llama", device=DEVICE), sparse_config(**TIGHT))
+    held = []
+    for seed in range(12):
+        greedy(model, prompt(100, seed=seed))
+        assert model.rheo._last.stepper.runner.captured
+        gc.collect()
+        held.append((torch.cuda.memory_allocated(), torch.cuda.memory_reserved()))
+    allocated, reserved = zip(*held[3:], strict=True)
+    assert max(allocated) - min(allocated) < 1 << 20 and max(reserved) - min(reserved) < 64 << 20
+
+
 def test_sampling_is_the_same_in_any_row():
     model = offload(tiny_model("llama", device=DEVICE), sparse_config(**TIGHT))
     params = SamplingParams(temperature=0.9, top_k=30, top_p=0.95, seed=11)
@@ -179,11 +198,11 @@ def test_sampling_is_the_same_in_any_row():
     assert torch.equal(drawn[0], drawn[1]) and len(set(drawn[0].tolist())) > 3
 
 
-@pytest.mark.parametrize("where", ["model.layers.0.mlp", "lm_head"])
-def test_a_cache_whose_step_stopped_half_way_is_not_gone_on_with(where):
+@pytest.mark.parametrize("where", ["model.layers.0", "lm_head"])
+def test_a_cache_whose_step_stopped_half_way_is_not_gone_on_with(where, monkeypatch):
     """Ctrl-C in the fourth step, then a turn of one token: the device has counted a token that the host has not."""
-    model = offload(tiny_model("llama", device=DEVICE), sparse_config(execution={"graph": "off"}))
-    model.rheo.config = sparse_config()  # our loop, but every step launched by the host on a GPU too
+    monkeypatch.setattr(graph, "EAGER_STEPS", 100)  # every step is launched by the host, on a GPU too
+    model = offload(tiny_model("llama", device=DEVICE), sparse_config())
     ids, cache, calls = prompt(60), model.rheo.new_cache(max_length=200), []
     expected = greedy(model, ids)
 
@@ -239,3 +258,20 @@ def test_a_vocabulary_beyond_the_sampler_runs_in_transformers_loop(monkeypatch):
     assert model.rheo._last.stepper is None
     with pytest.raises(EngineError, match="96"):
         Engine(model, max_rows=1, max_context_tokens=64)
+
+
+def test_an_engines_parameters_are_those_that_generate_would_use():
+    """What the call does not say comes from the model's generation_config; what an engine cannot do is named."""
+    model = tiny_model("llama")
+    model.generation_config.update(do_sample=True, temperature=0.7, top_k=9, top_p=0.8)
+    of = partial(sampling_params, model, max_new_tokens=5)
+    assert of() == SamplingParams(temperature=0.7, top_k=9, top_p=0.8, max_new_tokens=5)
+    assert of(temperature=1.0, top_p=1.0) == SamplingParams(temperature=1.0, top_k=9, max_new_tokens=5)
+    assert of(do_sample=False) == SamplingParams(max_new_tokens=5)
+    for odd, name in [
+        (dict(repetition_penalty=1.2), "RepetitionPenalty"),
+        (dict(num_beams=3), "beam sample"),
+        (dict(stop_strings=["."]), "stop_strings"),
+    ]:
+        with pytest.raises(RheoError, match=f"it has no {name}"):
+            of(**odd)
