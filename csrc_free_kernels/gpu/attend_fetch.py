@@ -25,7 +25,9 @@ from csrc_free_kernels.reference.merge import blocks_per_part
 FETCHERS = (
     48  # programs that load. A PCIe 5 x16 link needs that many while they attend as well; more get in the way
 )
-WORDS_PER_THREAD = 64  # 4-byte words under way in registers
+WORDS_PER_THREAD = (
+    32  # 4-byte words under way in registers; 64 spill, and twice the bytes under way get in the way
+)
 
 
 # Attention over the loads of one (row, KV head) from rank `at % S` on, PER_PART at most, into the part they share.

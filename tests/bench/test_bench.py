@@ -223,15 +223,21 @@ def test_wrong_tokens_give_a_row_without_a_time(sweep, monkeypatch):
 
 
 def test_a_lost_transfer_is_wrong_too(sweep, monkeypatch):
-    """With everything resident nothing is gathered: only the pass with dropped blocks can see it."""
+    """With everything resident nothing is loaded: only the pass with dropped blocks can see it."""
     real = executor.kernels_for
 
-    def without_gather(*args):
+    def without_loads(*args):
         ops = real(*args)
-        ops.gather = lambda *tensors: None
+        fetch = ops.attend_fetch
+
+        def attend_fetch(*tensors, **kw):
+            count = tensors[10]
+            fetch(*tensors[:10], torch.zeros_like(count), *tensors[11:], **kw)
+
+        ops.attend_fetch = attend_fetch
         return ops
 
-    monkeypatch.setattr(executor, "kernels_for", without_gather)
+    monkeypatch.setattr(executor, "kernels_for", without_loads)
     (row,) = rows_of(sweep)
     assert row.status == "wrong"
     assert "blocks dropped" in row.error

@@ -183,6 +183,7 @@ def by_the_runtime(ids: np.ndarray, geometry: Geometry, capacity: int, num_block
             int32(1, 1, width),
             int32(width),
             int32(width),
+            int32(width),
             count,
             torch.zeros(1, 1, 5, dtype=torch.int64),
             block_size=geometry.block_size,

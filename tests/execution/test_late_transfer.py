@@ -10,7 +10,7 @@ from tests.test_end_to_end import greedy, prompt, sparse_config
 
 
 def poisoned(cache, *, copy=True):
-    """Poison what is about to be loaded, ahead of every `attend_fetch`; returns a list that grows by its slots."""
+    """Poison what is about to be loaded, and its parts, ahead of every `attend_fetch`; the list grows by its slots."""
     ops, loads = cache.executor.ops, []
     real = ops.attend_fetch
 
@@ -18,6 +18,8 @@ def poisoned(cache, *, copy=True):
         slots = dst[: int(count)].long()
         pool[slots] = float("nan")
         loads.extend(slots.tolist())
+        _, splits, parts, lses = rest
+        parts[splits:], lses[splits:] = float("nan"), 0.0
         count = count if copy else torch.zeros_like(count)
         real(q, k_pool, v_pool, ids, hits, late, lens, src, dst, at, count, host, pool, *rest, **kw)
 

@@ -62,6 +62,7 @@ def test_the_packaged_table_is_well_formed():
     """Known names, one entry a call, and what an op understands."""
     known = {
         "attend": ({"dim", "block_size", "itemsize"}, {"num_warps", "num_stages", "tokens"}),
+        "attend_fetch": (set(), {"fetchers"}),
         "attend_splits": (set(), {"programs"}),
         "decide": ({"blocks"}, {"num_warps", "programs"}),
         "linear_few": ({"itemsize", "k", "n"}, {"max_rows", "block_n", "block_k", "num_warps", "num_stages"}),
