@@ -200,3 +200,28 @@ def test_too_many_rows_are_refused_with_the_largest_that_fit(step):
     with pytest.raises(GraphError, match="9 rows .* largest batch bucket, 8"):
         runner().run(step, 9, version=1)
     assert not step.launched
+
+
+@pytest.mark.parametrize(
+    ("told", "calls"), [(False, ["end", "release", "capture"]), (True, ["end", "capture"])]
+)
+def test_torch_is_told_of_a_broken_capture_where_it_does_not_know(monkeypatch, told, calls):
+    """The pool is given back only where torch forgot that: giving it back twice would take it from live graphs."""
+    seen = []
+
+    def end(device, pool):
+        seen.append("end")
+        if told:
+            raise RuntimeError("not currently recording to mempool_id")
+
+    @contextmanager
+    def capture(graph, **kwargs):
+        seen.append("capture")
+        yield
+
+    monkeypatch.setattr(torch.cuda.memory, "_cuda_endAllocateToPool", end)
+    monkeypatch.setattr(torch.cuda.memory, "_cuda_releasePool", lambda device, pool: seen.append("release"))
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", FakeGraph)
+    monkeypatch.setattr(torch.cuda, "graph", capture)
+    graph_module.mend_torch(torch.device("cpu"), (0, 1))
+    assert seen == calls

@@ -5,6 +5,7 @@ in another process: this file run as a script. It calls the wrappers with tensor
 `meta`), so what is compiled is exactly what they would launch. No GPU is needed.
 """
 
+import fcntl
 import importlib
 import json
 import os
@@ -363,11 +364,25 @@ JOBS = [(name, arch) for name, case in CASES.items() for arch in case[2]]
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory):
+    """Everything compiled: once, by whichever worker of pytest-xdist comes first."""
+    folder = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        folder = folder.parent  # the workers' own folders lie in one of this run
+    file = folder / "compiled.json"
+    with (folder / "compiled.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # until the file is closed
+        if not file.exists():
+            file.write_text(compile_everything(tmp_path_factory.mktemp("cubin")))
+    return json.loads(file.read_text())
+
+
+def compile_everything(folder: Path) -> str:
+    """Compile every case in another process; returns its results as JSON."""
     env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    env |= {"PYTHONPATH": str(ROOT), "CUBIN_DIR": str(tmp_path_factory.mktemp("cubin"))}
+    env |= {"PYTHONPATH": str(ROOT), "CUBIN_DIR": str(folder)}
     done = subprocess.run([sys.executable, __file__], cwd=ROOT, env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
-    return json.loads(done.stdout.splitlines()[-1])
+    return done.stdout.splitlines()[-1]
 
 
 # What the older compiler spills and the newer one does not: (local accesses in loops, bytes). Speed only, and not of
