@@ -35,6 +35,9 @@ def add_parser(suites: Any, common: argparse.ArgumentParser, run: Callable[..., 
     parser.add_argument(
         "--reservoir", metavar="GIB", type=float, help="host memory that suites other than memory fill"
     )
+    parser.add_argument(
+        "--contexts", metavar="N,...", help="contexts of the memory suite, in this order (default: all)"
+    )
     parser.set_defaults(run=run)
 
 
@@ -61,6 +64,8 @@ def run(
     scale = QUICK if args.quick else FULL
     if args.reservoir is not None:
         scale = replace(scale, reservoir_bytes=int(args.reservoir * 2**30))
+    if args.contexts is not None:
+        scale = replace(scale, memory_contexts=tuple(int(n) for n in args.contexts.split(",")))
     base = quick_overrides if args.quick else FULL_OVERRIDES
     config = RheoConfig().with_overrides([*base, *COMMON, *overrides])
     clock = time.perf_counter()

@@ -387,7 +387,7 @@ def compile_everything(folder: Path) -> str:
 
 # What the older compiler spills and the newer one does not: (local accesses in loops, bytes). Speed only, and not of
 # the usual path: that loop of resolve runs on misses, and append keeps 8 bytes of its 56 registers' worth aside once.
-SPILLS_OF_TRITON_3_6 = {("resolve", 80): (6, 8), ("append-cuboid", 80): (0, 8)}
+SPILLS_OF_TRITON_3_6 = {("resolve", 80): (6, 8), ("append-cuboid", 80): (0, 8), ("attend_fetch", 80): (4, 24)}
 # decide runs once through a long straight line, of which the assembler keeps some bytes in local memory rather than
 # take more registers, never inside a loop. A row of a million tokens is 32 scores and 32 heats a thread.
 KNOWN_SPILLS = {(name, arch): (0, 64) for name, arch in JOBS if CASES[name][0] == "decide"}
