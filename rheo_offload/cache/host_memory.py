@@ -193,7 +193,9 @@ def _free(mapping: mmap.mmap, registered: list[int], cudart: Any) -> None:
     """Unregister and drop the pages now; the mapping itself lives until the last view of it is gone."""
     if registered:
         with suppress(RuntimeError):  # the context may be broken or already gone at exit
-            torch.cuda.synchronize()
+            for device in range(torch.cuda.device_count()):  # the model's need not be the current one
+                if torch.cuda.memory_reserved(device):
+                    torch.cuda.synchronize(device)
     while registered:
         code = int(cudart.cudaHostUnregister(registered.pop()))
         if code != 0:

@@ -171,6 +171,18 @@ def test_the_mapping_goes_with_the_last_view():
     assert psutil.Process().memory_info().vms < size - (1 << 35)
 
 
+def test_close_waits_for_every_gpu_in_use(cudart, monkeypatch):
+    """Work in flight may still write to the range, on a GPU that is not the current one."""
+    waited = []
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 3)
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: device)
+    monkeypatch.setattr(torch.cuda, "synchronize", waited.append)
+    host = HostRange(4 * PAGE, pin=True)
+    host.ensure(PAGE)
+    host.close()
+    assert waited == [1, 2] and cudart.live == {}
+
+
 def test_a_forgotten_range_is_unregistered(cudart):
     host = HostRange(4 * PAGE, pin=True)
     host.ensure(PAGE)
