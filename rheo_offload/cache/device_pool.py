@@ -120,11 +120,11 @@ class FullLayer:
         heads, dtype = self.spec.num_kv_heads, self.layout.dtype
         moved = False
         if self.summary_kind != "none" and (self.summary is None or self.summary.shape[0] < max_pages):
-            shape = (heads, self.summary_width, self.spec.head_dim)
-            self.summary, moved = self._longer(self.summary, max_pages, shape, dtype), True
+            vectors = (heads, self.summary_width, self.spec.head_dim)
+            self.summary, moved = self._longer(self.summary, max_pages, vectors, dtype), True
         if self.bias_units and (self.unit_bias is None or self.unit_bias.shape[0] < max_pages):
-            shape = (heads, self.bias_units)
-            self.unit_bias, moved = self._longer(self.unit_bias, max_pages, shape, torch.float32), True
+            numbers = (heads, self.bias_units)
+            self.unit_bias, moved = self._longer(self.unit_bias, max_pages, numbers, torch.float32), True
         if moved:
             self._views.clear()
         return moved

@@ -24,13 +24,17 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from rheo_offload.errors import HeadsError
-from rheo_offload.types import LayerSpec
+from rheo_offload.selection.learned_bias import LearnedBias
+from rheo_offload.types import AttentionCall, LayerSpec
 
 __all__ = [
     "BiasHead",
     "HeadsFile",
     "HeadsInfo",
+    "attach_heads",
     "bias_heads",
+    "detach_heads",
+    "fill_bias",
     "info_problems",
     "load_heads",
     "read_heads",
@@ -45,6 +49,7 @@ BIAS_TENSORS = ("self_attn.delta.weight", "self_attn.delta.bias", "self_attn.A")
 Layers = Mapping[int, Mapping[str, Tensor]]
 Shapes = Mapping[str, tuple[int, ...]]
 
+ATTRIBUTE = "_rheo_bias"  # of an attention module, while its model is offloaded
 _KEY = re.compile(r"(?:^|\.)layers\.(\d+)\.(.+)$")
 
 
@@ -242,6 +247,11 @@ def bias_heads(file: HeadsFile, specs: Sequence[LayerSpec], *, model_type: str) 
     optional: dict[int, Shapes] = {s.layer_idx: {"self_attn.delta.bias": (s.num_kv_heads,)} for s in full}
     problems = info_problems(file.info, specs, model_type)
     problems += shape_problems(file.layers, wanted, optional)
+    problems += [
+        f"layer {s.layer_idx} has a head and a sliding window: keys in a window carry no bias"
+        for s in specs
+        if s.is_sliding and not file.layers.get(s.layer_idx, {}).keys().isdisjoint(BIAS_TENSORS)
+    ]
     if problems:
         raise HeadsError(problems)
     return {
@@ -281,3 +291,29 @@ def load_heads(
     one = next(model.parameters())
     heads = bias_heads(file, specs, model_type=model_type)
     return {i: head.to(one.device, one.dtype) for i, head in heads.items()}
+
+
+# ---- at the attention modules --------------------------------------------------------------------------------------
+
+
+def attach_heads(model: torch.nn.Module, heads: Mapping[int, BiasHead], selector: LearnedBias) -> None:
+    """Give the attention modules of a model their heads, by `layer_idx`; `fill_bias` finds them there."""
+    for module in model.modules():
+        head = heads.get(getattr(module, "layer_idx", -1))
+        if head is not None:
+            setattr(module, ATTRIBUTE, (head, selector))
+
+
+def detach_heads(model: torch.nn.Module) -> None:
+    """Undo `attach_heads`; does nothing twice."""
+    for module in model.modules():
+        module.__dict__.pop(ATTRIBUTE, None)
+
+
+def fill_bias(module: torch.nn.Module, call: AttentionCall) -> None:
+    """Compute the bias of a call's new tokens, rounded as it is stored, where the attention module has a head."""
+    attached = getattr(module, ATTRIBUTE, None)
+    if attached is not None:
+        head, selector = attached
+        call.bias = head(call.v).to(call.v.dtype)
+        call.bias_scale = selector.logit_factor(call.softmax_scale)
