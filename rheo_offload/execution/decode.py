@@ -53,7 +53,10 @@ def decode_full(ex: "Executor", layer: FullLayer, call: AttentionCall) -> torch.
 
     if isinstance(selector, LearnedBias):
         with ex.region("rank"):
-            token_bias.rank_decoded(selector, layer, ex.tails)
+            ops.rank_bias(
+                now.lens, now.host_table, layer.slot_of, layer.bias_pool, layer.unit_bias, layer.heat,
+                block_size=cache.block_size, pooling=selector.pooling,
+            )  # fmt: skip
     if selector.score_kind == "given":
         with ex.region("score"):
             selector.score(

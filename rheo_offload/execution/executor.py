@@ -18,12 +18,10 @@ from rheo_offload.execution.audit import Audit
 from rheo_offload.execution.decode import decode_full, decode_sliding
 from rheo_offload.execution.observer import StepObserver
 from rheo_offload.execution.prefill import Chunk, prefill_full, prefill_sliding, warm
-from rheo_offload.execution.token_bias import Tails
 from rheo_offload.execution.workspace import DecodeWorkspace, RingWorkspace, RoundsWorkspace
 from rheo_offload.ops import kernels_for
 from rheo_offload.selection.base import Selector
 from rheo_offload.selection.full import Full
-from rheo_offload.selection.learned_bias import LearnedBias
 from rheo_offload.types import AttentionCall, Policy
 
 # Longest staging buffer, in blocks of one (row, head), and how many bytes it may take for a whole batch.
@@ -81,7 +79,6 @@ class Executor:
         self._rounds: dict[tuple[int, ...], RoundsWorkspace] = {}
         self._staging: dict[tuple[int, ...], torch.Tensor] = {}
         self.decode_start = torch.zeros_like(cache.seq_lens)
-        self.tails: Tails  # of the decode step in progress, where the method ranks blocks by a learned bias
 
     # ---- one forward -----------------------------------------------------------------------------------------------
 
@@ -128,9 +125,6 @@ class Executor:
         cache.begin_decode(rows)
         if self.observer is not None:
             self.observer.begin(rows)
-        if isinstance(self.selector, LearnedBias):
-            size = cache.block_size
-            self.tails = Tails.of(cache.tables(slice(0, rows)), size, self.selector.bias_units(size))
         # position of the new token; negative where a row sits out, so that its ring stays as it is
         torch.sub(cache.step_lens[:rows], 1, out=self.decode_start[:rows])
         rings = {id(ws): ws for ws in (self.ring_workspace_of(s, rows) for s in cache.sliding.values())}

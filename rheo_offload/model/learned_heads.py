@@ -13,7 +13,7 @@ values of a token into one number per KV head, high for tokens that will be atte
 
 import dataclasses
 import re
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
@@ -102,7 +102,10 @@ class BiasHead:
     offset: Tensor | None = None  # [Hkv], c
 
     def __call__(self, v: Tensor) -> Tensor:
-        """Return the bias fp32 [B, Hkv, Q] of values [B, Hkv, Q, D]; the product is taken in the head's dtype."""
+        """Return the bias fp32 [B, Hkv, Q] of values [B, Hkv, Q, D], differentiably; the op `token_bias` is its twin.
+
+        The product is taken in the head's dtype.
+        """
         joined = v.transpose(1, 2).flatten(2).to(self.weight.dtype)  # [B, Q, Hkv * D]
         x = torch.nn.functional.linear(joined, self.weight, self.offset).float()
         return (self.scale.float() * torch.nn.functional.softplus(x)).transpose(1, 2)
@@ -110,7 +113,8 @@ class BiasHead:
     def to(self, device: torch.device, dtype: torch.dtype) -> "BiasHead":
         """Return a copy on `device` whose product runs in `dtype`."""
         offset = None if self.offset is None else self.offset.to(device, dtype)
-        return BiasHead(self.weight.to(device, dtype), self.scale.to(device, torch.float32), offset)
+        weight = self.weight.to(device, dtype).contiguous()
+        return BiasHead(weight, self.scale.to(device, torch.float32).contiguous(), offset)
 
     def tensors(self) -> dict[str, Tensor]:
         """Return the tensors by the names they have in a file."""
@@ -296,12 +300,24 @@ def load_heads(
 # ---- at the attention modules --------------------------------------------------------------------------------------
 
 
-def attach_heads(model: torch.nn.Module, heads: Mapping[int, BiasHead], selector: LearnedBias) -> None:
-    """Give the attention modules of a model their heads, by `layer_idx`; `fill_bias` finds them there."""
+def attach_heads(
+    model: torch.nn.Module,
+    heads: Mapping[int, BiasHead],
+    selector: LearnedBias,
+    token_bias: Callable[..., None],
+) -> None:
+    """Give the attention modules of a model their heads, by `layer_idx`; `fill_bias` finds them there.
+
+    Args:
+        model: which is offloaded.
+        heads: layer_idx -> head.
+        selector: says what is added to the logits.
+        token_bias: the op of that name.
+    """
     for module in model.modules():
         head = heads.get(getattr(module, "layer_idx", -1))
         if head is not None:
-            setattr(module, ATTRIBUTE, (head, selector))
+            setattr(module, ATTRIBUTE, (head, selector, token_bias))
 
 
 def detach_heads(model: torch.nn.Module) -> None:
@@ -314,6 +330,7 @@ def fill_bias(module: torch.nn.Module, call: AttentionCall) -> None:
     """Compute the bias of a call's new tokens, rounded as it is stored, where the attention module has a head."""
     attached = getattr(module, ATTRIBUTE, None)
     if attached is not None:
-        head, selector = attached
-        call.bias = head(call.v).to(call.v.dtype)
+        head, selector, token_bias = attached
+        call.bias = call.v.new_empty(call.v.shape[:3])
+        token_bias(call.v, head.weight, head.offset, head.scale, call.bias)
         call.bias_scale = selector.logit_factor(call.softmax_scale)

@@ -31,6 +31,7 @@ from rheo_offload.model.learned_heads import attach_heads, detach_heads, load_he
 from rheo_offload.model.prefill import prefill_rows
 from rheo_offload.model.self_test import self_test
 from rheo_offload.model.specs import config_problems, layer_specs, max_positions, text_config
+from rheo_offload.ops import kernels_for
 from rheo_offload.selection.learned_bias import LearnedBias, bias_sizes
 from rheo_offload.selection.policy import METHODS, make_policy, make_selector
 
@@ -80,7 +81,8 @@ class RheoHandle:
     def attach_heads(self) -> None:
         """Give the model's attention modules the learned heads of the method, where it has any."""
         if isinstance(self._selector, LearnedBias):
-            attach_heads(self.model, self._heads, self._selector)
+            ops = kernels_for(next(self.model.parameters()).device, self.config.execution.kernels)
+            attach_heads(self.model, self._heads, self._selector, ops.token_bias)
 
     # ---- caches ----------------------------------------------------------------------------------------------------
 

@@ -26,6 +26,7 @@ class DMA(LearnedBias):
     normalise: ClassVar[Normalise] = "none"
     query_aware: ClassVar[bool] = False
     score_kind: ClassVar[ScoreKind] = "none"
+    pooling = "median"
 
     def summary_width(self, block_size: int) -> int:
         """Return 0: keys are not looked at."""

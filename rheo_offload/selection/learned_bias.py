@@ -9,7 +9,7 @@ behind the keys and values of its block and moves with them. Two things come of 
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 
@@ -20,6 +20,9 @@ from rheo_offload.selection.base import Selector
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LearnedBias(ABC):
     """Parameters and pooling of such a method."""
+
+    pooling: ClassVar[Literal["windows", "median"]]
+    """How the op `rank_bias` ranks a block in a decode step; `pool` ranks those of a prompt."""
 
     weights: str | None = None
     """Side file of the heads, or the directory of a checkpoint that has them; left out: the model's own."""

@@ -28,6 +28,7 @@ class NOSA(LearnedBias):
     normalise: ClassVar[Normalise] = "none"  # what ranks beyond the query is the bias, not what scored before
     query_aware: ClassVar[bool] = True
     score_kind: ClassVar[ScoreKind] = "windows"
+    pooling = "windows"
 
     def summary_width(self, block_size: int) -> int:
         """Return the sub-means per block: one per stride."""
