@@ -58,6 +58,12 @@ class World:
         self.k_pool, self.v_pool = self.pool_blocks.view(L, 2, C, D).unbind(1)
         self.k_host, self.v_host = self.host_blocks.view(P, H, 2, C, D).unbind(2)
         self.k_staged, self.v_staged = self.staging.view(B, H, 32, 2, C, D).unbind(3)
+        # the trailer of a block: strided over blocks
+        self.bias_new, self.bias_chunk = empty(B, H, dtype=dtype), empty(B, H, 512, dtype=dtype)
+        self.bias_pool = empty(L, 2 * C * D + C, dtype=dtype)[:, -C:]
+        self.bias_host = empty(P, H, 2 * C * D + C, dtype=dtype)[..., -C:]
+        self.bias_staged = empty(B, H, 32, 2 * C * D + C, dtype=dtype)[..., -C:]
+        self.bias_weight, self.bias_scale = empty(H, H * D, dtype=dtype), empty(H, dtype=FP32)
         self.summary = empty(P, H, W, D, dtype=dtype)
         self.rows, self.step, self.load_count = ints(B), ints(1), ints(1)
         self.host_table, self.slot_of = ints(B, N), ints(B, H, N)
@@ -83,17 +89,22 @@ class World:
         late = {"splits": 5, "late_slots": self.slots}
         return (self.parts, self.lse_parts, self.q[0, :, 0], self.q, self.lse_parts[0]), late
 
-    def prefill_attention(self, *, staged=False, queries=512, **kw):
+    def prefill_attention(self, *, staged=False, queries=512, bias=None, **kw):
+        if bias:
+            kw["bias"] = self.bias_chunk[:, :, None] if bias == "chunk" else self.bias_staged
         kv = (self.k_staged, self.v_staged) if staged else (self.kv_chunk, self.kv_chunk)
         chunk = (x[:, :, :queries] for x in (self.chunk_out, self.chunk_lse))
         return (self.q_chunk[:, :, :queries], *kv, self.rows, self.rows, self.rows, *chunk), PLAIN | kw
 
-    def append(self, kind):
+    def append(self, kind, *, bias=False):
         tables = (self.slot_of, self.block_in, self.last_used, self.slot_base, self.slot_count, self.step)
         pools = (self.k_host, self.v_host, self.k_pool, self.v_pool)
         summary = None if kind == "none" else self.summary
         args = (self.k_new, self.k_new, self.rows, self.host_table, *pools, *tables, summary, self.load_count)
-        return args, {"sink_blocks": 1, "summary_kind": kind}
+        numbers = (
+            dict(bias_new=self.bias_new, bias_host=self.bias_host, bias_pool=self.bias_pool) if bias else {}
+        )
+        return args, {"sink_blocks": 1, "summary_kind": kind} | numbers
 
     def append_chunk(self):
         pools = (self.k_host, self.v_host, self.k_pool, self.v_pool)
@@ -101,6 +112,16 @@ class World:
 
     def summarize_chunk(self, kind):
         return (self.chunk, self.rows, self.host_table, self.k_host, self.summary), {"summary_kind": kind}
+
+    def token_bias(self, queries=1):
+        v, out = self.chunk[:, :, :queries], self.bias_chunk[:, :, :queries]
+        return (v, self.bias_weight, self.bias_new[0], self.bias_scale, out), {}
+
+    def rank_bias(self, pooling, width):
+        tables = (self.rows, self.host_table, self.slot_of)
+        units = empty(*self.k_host.shape[:2], width, dtype=FP32)
+        sizes = {"block_size": self.k_host.shape[2], "pooling": pooling}
+        return (*tables, self.bias_pool, units, self.heat), sizes
 
     def ring_append(self):
         return (self.chunk, self.chunk, self.rows, self.ring, self.ring), {}
@@ -198,6 +219,13 @@ CASES = {
         (80, 89, 90),
         True,
     ),
+    "prefill-bias": ("prefill_attention", lambda: World().prefill_attention(bias="chunk"), (80, 90), True),
+    "prefill-staged-bias": (
+        "prefill_attention",
+        lambda: World().prefill_attention(staged=True, bias="staged"),
+        (90,),
+        True,
+    ),
     "prefill-fp32": ("prefill_attention", lambda: World(dtype=FP32).prefill_attention(), (90,), True),
     "prefill-fp32-d256": (
         "prefill_attention",
@@ -209,6 +237,11 @@ CASES = {
     "append-mean": ("append", lambda: World().append("mean"), (80, 90), False),
     "append-minmax": ("append", lambda: World(W=2).append("minmax"), (90,), False),
     "append-minmax-pages": ("append", lambda: World(W=8).append("minmax"), (90,), False),
+    "append-bias": ("append", lambda: World().append("mean", bias=True), (80, 90), False),
+    "token_bias": ("token_bias", lambda: World().token_bias(), (80, 90), False),
+    "token_bias-chunk": ("token_bias", lambda: World().token_bias(512), (90,), False),
+    "rank_bias-windows": ("rank_bias", lambda: World().rank_bias("windows", 4), (80, 90), False),
+    "rank_bias-median": ("rank_bias", lambda: World().rank_bias("median", 64), (80, 90), False),
     "append-cuboid": ("append", lambda: World(W=2).append("cuboid"), (80, 90), False),
     "append_chunk": ("append_chunk", lambda: World().append_chunk(), (80, 90), True),
     "summarize_chunk-mean": ("summarize_chunk", lambda: World().summarize_chunk("mean"), (80, 90), False),
