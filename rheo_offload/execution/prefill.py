@@ -71,17 +71,8 @@ def prefill_full(ex: "Executor", layer: FullLayer, call: AttentionCall, chunk: C
                 staging, layer.traffic_of("prefill"), block_size=size,
             )  # fmt: skip
             tokens = (chunk.history - first * size).clamp(0, staging.shape[2] * size)
-            _fold(
-                ops,
-                call,
-                k,
-                v,
-                chunk.start,
-                torch.full_like(chunk.start, first * size),
-                tokens,
-                partial,
-                bias=bias,
-            )
+            key_start = torch.full_like(chunk.start, first * size)
+            _fold(ops, call, k, v, chunk.start, key_start, tokens, partial, bias=bias)
     _fold_chunk(ops, call, chunk.start, partial)
     for b, row in enumerate(range(chunk.rows.start, chunk.rows.stop)):
         # Only blocks that begin in this chunk: a slot for an older one would miss the tokens it already has.

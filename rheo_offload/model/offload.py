@@ -27,7 +27,7 @@ from rheo_offload.model.collect import collect_stats
 from rheo_offload.model.fused import FusedReport, fuse_as_configured, unfuse
 from rheo_offload.model.generation import rheo_generate
 from rheo_offload.model.hf_cache import RheoCache
-from rheo_offload.model.learned_heads import attach_heads, detach_heads, load_heads
+from rheo_offload.model.learned_heads import BiasHead, attach_heads, detach_heads, load_heads
 from rheo_offload.model.prefill import prefill_rows
 from rheo_offload.model.self_test import self_test
 from rheo_offload.model.specs import config_problems, layer_specs, max_positions, text_config
@@ -65,7 +65,7 @@ class RheoHandle:
             )
         selection, size = config.selection, config.cache.block_size
         self._selector = make_selector(selection.method, selection.params, block_size=size)
-        self._heads = {}
+        self._heads: dict[int, BiasHead] = {}
         if isinstance(self._selector, LearnedBias):
             kind = text_config(model.config).model_type
             self._heads = load_heads(self._selector.weights, model, self.specs, model_type=kind)

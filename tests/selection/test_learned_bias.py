@@ -194,22 +194,24 @@ def drive(ex, heads, selector, lengths, steps, ties, block_size):
 
 
 @pytest.mark.parametrize(
-    ("method", "block_size", "share", "ties"),
+    ("method", "block_size", "share", "ties", "kernels", "steps"),
     [
-        ("nosa", 64, 0.6, False),
-        ("nosa", 16, 0.5, False),
-        ("nosa", 32, 1.0, True),
-        ("dma", 32, 0.0, False),
-        ("dma", 16, 0.5, True),
+        ("nosa", 64, 0.6, False, "auto", 8),
+        ("nosa", 16, 0.5, False, "auto", 20),
+        ("nosa", 32, 1.0, True, "auto", 8),
+        ("dma", 32, 0.0, False, "auto", 8),
+        ("dma", 16, 0.5, True, "auto", 20),
+        ("nosa", 16, 0.5, True, "reference", 12),
+        ("nosa", 16, 0.5, False, "triton", 5),
+        ("dma", 16, 0.0, False, "triton", 4),
     ],
 )
-def test_a_step_keeps_the_published_blocks(weights, method, block_size, share, ties):
+def test_a_step_keeps_the_published_blocks(weights, method, block_size, share, ties, kernels, steps):
     """Ragged rows, one of which fits the budget, over block borders: the blocks of the rule, for every KV head."""
-    model = offload(
-        tiny_model("llama", device=DEVICE), config_of(method, weights, block_size=block_size, share=share)
-    )
+    config = config_of(method, weights, block_size=block_size, share=share, execution={"kernels": kernels})
+    model = offload(tiny_model("llama", device=DEVICE), config)
     selector = model.rheo._selector
-    lengths, steps = [13 * block_size - 9, 4 * block_size + 7], 20
+    lengths = [13 * block_size - 3, 4 * block_size + 7]
     ex = model.rheo._make_executor(2, lengths[0] + steps, torch.float32, torch.device(DEVICE))
     seen = 0
     for layer, b, q, keys, bias in drive(ex, heads_of(), selector, lengths, steps, ties, block_size):
@@ -242,6 +244,25 @@ def test_a_crop_takes_back_what_the_dropped_tokens_said(weights):
         ranks.append([layer.heat[..., :11].clone() for layer in cache.executor.cache.full.values()])
     for plain, after in zip(*ranks, strict=True):
         torch.testing.assert_close(after, plain, rtol=1e-4, atol=1e-5)
+
+
+@torch.no_grad()
+def test_a_row_that_becomes_another_has_its_ranks_and_growing_keeps_them(weights):
+    """Two parts of the open block are known when row 1 becomes row 0 and the tables grow; later the block is ranked."""
+    model = offload(tiny_model("llama", device=DEVICE), config_of("nosa", weights, block_size=64))
+    cache, ids = model.rheo.new_cache(max_length=270), prompt(245, rows=2)
+    model.rheo.prefill(cache, ids)
+    cache.reorder_rows([0, 0])
+    cache.executor.make_room(1000)
+    for token in prompt(13, seed=4)[0]:
+        model(token.expand(2, 1), past_key_values=cache)
+    for i, layer in cache.executor.cache.full.items():
+        assert layer.heat.shape[2] == 16 and torch.equal(layer.heat[0], layer.heat[1])
+        pages = cache.executor.cache.host_table[0, :4].long()
+        bias = layer.bias_host[pages.cpu()].transpose(0, 1).flatten(1)  # [Hkv, 256]
+        for h in range(HKV):
+            expected = bias_scores("nosa", bias[h].double(), 64)[3]
+            assert float(layer.heat[1, h, 3]) == pytest.approx(expected, rel=1e-4), (i, h)
 
 
 # ---- attention -----------------------------------------------------------------------------------------------------
@@ -331,3 +352,15 @@ def test_heads_that_do_not_fit_are_refused_and_nothing_is_changed(weights):
         assert not hasattr(model, "rheo") and model.config._attn_implementation == before
     with pytest.raises(HeadsError, match=r"selection\.params\.weights names no file"):
         offload(tiny_model("llama"), config_of("dma", None))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("method", ["nosa", "dma"])
+def test_gpu_equals_cpu(weights, method):
+    """The captured step on a GPU gives the greedy tokens of the CPU, fp32, far beyond the budget."""
+    tokens = []
+    for device in ("cuda", "cpu"):
+        model = tiny_model("llama", device=device)
+        offload(model, config_of(method, weights, block_size=16, budget_blocks=6))
+        tokens.append(greedy(model, prompt(300, rows=2).to(device), new=32).cpu())
+    assert torch.equal(*tokens)
