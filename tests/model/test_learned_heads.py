@@ -93,6 +93,10 @@ def test_sliding_layers_have_no_head():
     specs = [replace(SPECS[0], window=16), *SPECS[1:]]
     file = HeadsFile({i: h.tensors() for i, h in random_heads(specs=specs[1:]).items()}, None)
     assert bias_heads(file, specs, model_type="llama").keys() == {1, 2}
+    with pytest.raises(HeadsError, match="layer 0 has a head and a sliding window"):
+        bias_heads(
+            HeadsFile({i: h.tensors() for i, h in random_heads().items()}, None), specs, model_type="llama"
+        )
 
 
 def test_what_cannot_be_read_is_refused(tmp_path):
