@@ -234,7 +234,7 @@ CASES = {
         (80, 89, 90),
         True,
     ),
-    "attend-bias": ("attend", lambda: World(bias=True).attend(), (80, 90), True),
+    "attend-bias": ("attend", lambda: World(bias=True).attend(), (90,), True),
     "attend-fp32": ("attend", lambda: World(dtype=FP32).attend(), (90,), True),
     "merge": ("merge", lambda: World().merge(), (80, 90), False),
     "prefill": ("prefill_attention", lambda: World().prefill_attention(), (80, 89, 90), True),
@@ -339,7 +339,7 @@ CASES = {
         (89, 90),
         True,
     ),
-    "attend_fetch-bias": ("attend_fetch", lambda: World(bias=True).attend_fetch(), (80, 90), True),
+    "attend_fetch-bias": ("attend_fetch", lambda: World(bias=True).attend_fetch(), (90,), True),
     "attend_fetch-fp32": ("attend_fetch", lambda: World(dtype=FP32).attend_fetch(), (90,), True),
 }
 
