@@ -21,6 +21,7 @@ OPS = (
     "linear_few",
     "merge",
     "prefill_attention",
+    "rank_bias",
     "resolve",
     "ring_append",
     "rms_norm",
@@ -33,6 +34,7 @@ OPS = (
     "select",
     "stage",
     "summarize_chunk",
+    "token_bias",
 )
 
 

@@ -56,3 +56,5 @@ class AttentionCall:
     softmax_scale: float
     soft_cap: float | None = None
     sinks: torch.Tensor | None = None  # [Hq] extra logits without a value
+    bias: torch.Tensor | None = None  # [B, Hkv, Q] a learned number per new token, in the dtype of k
+    bias_scale: float | None = None  # factor on it in the logit; None: it ranks blocks only

@@ -6,6 +6,7 @@ from bench.lab import SESSION_BLOCKS, Lab
 from bench.shapes import model_bytes
 from rheo_offload.cache.sizing import MemoryPlan, plan_memory
 from rheo_offload.model.specs import layer_specs
+from rheo_offload.selection.learned_bias import bias_sizes
 from rheo_offload.selection.policy import make_selector
 
 RESERVE_BYTES = 3 * 2**29  # graphs, cuBLAS workspaces, logits, allocator fragments
@@ -24,6 +25,7 @@ def plan(
     config = lab.resolved(context)
     size, selection = config.cache.block_size, config.selection
     selector = make_selector(selection.method, selection.params, block_size=size)
+    has_bias, bias_units = bias_sizes(selector, size)
     return plan_memory(
         layer_specs(lab.model.config),
         rows=batch,
@@ -35,6 +37,8 @@ def plan(
         stage_blocks=0,
         dtype=lab.model.dtype,
         capacity_blocks=capacity_blocks,
+        has_bias=has_bias,
+        bias_units=bias_units,
     )
 
 

@@ -23,6 +23,11 @@ from csrc_free_kernels.cpu.victims import oldest_slot
 NO_SUMMARY = np.zeros((0, 0, 0, 0), np.float32)  # what an absent tensor is passed as
 
 
+def no_bias(like: np.ndarray) -> tuple[np.ndarray, ...]:
+    """What an absent bias (new, host, pool) is passed as, beside keys of that kind."""
+    return tuple(np.zeros((0,) * dims, like.dtype) for dims in (2, 3, 2))
+
+
 @nb.njit(cache=True)
 def copy_rows(src, dst, begin, end):
     """Copy rows `begin .. end - 1` of [C, D]."""
@@ -52,9 +57,11 @@ def summarize_tail(keys, summary, offset, code, summary_code, kind):
 def append_kernel(
     k_new, v_new, seq_lens, host_table, k_host, v_host, k_pool, v_pool, slot_of, block_in, last_used,
     slot_base, slot_count, step, summary, load_count, sink_blocks, code, summary_code, kind,
+    bias_new, bias_host, bias_pool,
 ):  # fmt: skip
     num_rows, num_kv_heads, head_dim = k_new.shape
     block_size = k_pool.shape[1]
+    has_bias = bias_new.size > 0
     load_count[0] = 0
     for i in range(num_rows * num_kv_heads):
         b, h = i // num_kv_heads, i % num_kv_heads
@@ -65,6 +72,8 @@ def append_kernel(
         for d in range(head_dim):
             k_host[page, h, offset, d] = k_new[b, h, d]
             v_host[page, h, offset, d] = v_new[b, h, d]
+        if has_bias:
+            bias_host[page, h, offset] = bias_new[b, h]
         slot = np.int64(slot_of[b, h, block])
         if slot < 0:
             slot = oldest_slot(
@@ -77,9 +86,13 @@ def append_kernel(
             slot_of[b, h, block], block_in[slot] = slot, block
             copy_rows(k_host[page, h], k_pool[slot], 0, offset)
             copy_rows(v_host[page, h], v_pool[slot], 0, offset)
+            if has_bias:
+                bias_pool[slot, :offset] = bias_host[page, h, :offset]
         for d in range(head_dim):
             k_pool[slot, offset, d] = k_new[b, h, d]
             v_pool[slot, offset, d] = v_new[b, h, d]
+        if has_bias:
+            bias_pool[slot, offset] = bias_new[b, h]
         last_used[slot] = step[0]
         if kind != NONE:
             summarize_tail(k_pool[slot], summary[page, h], offset, code, summary_code, kind)
@@ -105,6 +118,9 @@ def append(
     *,
     sink_blocks: int,
     summary_kind: Literal["none", "mean", "minmax", "cuboid"],
+    bias_new: Tensor | None = None,
+    bias_host: Tensor | None = None,
+    bias_pool: Tensor | None = None,
 ) -> None:
     """Write the token at position `seq_len - 1` of every active row to its host page and to the pool.
 
@@ -127,8 +143,15 @@ def append(
         load_count: int32 [1], set to 0.
         sink_blocks: blocks below this number are never evicted.
         summary_kind: what `summary` holds.
+        bias_new: [B, Hkv], a bias per token that is kept beside K and V; None with the next two where there is none.
+        bias_host: [P, Hkv, C].
+        bias_pool: [L, C].
     """
     code = code_of(k_new)
+    bias = no_bias(as_numpy(k_new))
+    if bias_new is not None:
+        assert bias_host is not None and bias_pool is not None
+        bias = as_numpy(bias_new), as_numpy(bias_host), as_numpy(bias_pool)
     append_kernel(
         as_numpy(k_new),
         as_numpy(v_new),
@@ -150,4 +173,5 @@ def append(
         code,
         code if summary is None else code_of(summary),
         KINDS[summary_kind],
+        *bias,
     )

@@ -87,14 +87,19 @@ def add_values(pool, start, lo, hi, weights, rows, acc, code):
 
 
 @nb.njit(cache=True, fastmath=FASTMATH)
-def online_softmax(x, lo, hi, top, total, acc, soft_cap):
-    """Turn a block's logits into weights relative to the maximum so far, and rescale what came before."""
+def online_softmax(x, lo, hi, top, total, acc, soft_cap, bias):
+    """Turn a block's logits into weights relative to the maximum so far, and rescale what came before.
+
+    bias [C], or of no elements: added to the logits.
+    """
     for g in range(x.shape[0]):
         row = x[g, lo:hi]
         new = top[g]
         for c in range(row.size):
             if soft_cap > 0:
                 row[c] = soft_cap * np.float32(math.tanh(row[c] / soft_cap))
+            if bias.size > 0:
+                row[c] += bias[lo + c]
             new = max(new, row[c])
         part = np.float32(0)
         for c in range(row.size):
@@ -107,11 +112,11 @@ def online_softmax(x, lo, hi, top, total, acc, soft_cap):
 
 
 # One iteration: one split of one (row, KV head). q [B, Hq, D]; k_pool, v_pool flat, *_stride elements a slot;
-# block_ids, block_slots [B, Hkv, S]; out [T, B, Hq, D]; lse [T, B, Hq].
+# block_ids, block_slots [B, Hkv, S]; out [T, B, Hq, D]; lse [T, B, Hq]; bias_pool [L, C], or of no elements.
 @nb.njit(cache=True, parallel=True, fastmath=FASTMATH)
 def attend_kernel(
     q, k_pool, k_stride, v_pool, v_stride, code, block_ids, block_slots, seq_lens, out, lse,
-    C, scale, soft_cap, window,
+    C, scale, soft_cap, window, bias_pool, bias_scale,
 ):  # fmt: skip
     num_splits, batch, num_q_heads, head_dim = out.shape
     num_kv_heads, num_ids = block_ids.shape[1], block_ids.shape[2]
@@ -120,6 +125,7 @@ def attend_kernel(
         t, b, h = i // (batch * num_kv_heads), i // num_kv_heads % batch, i % num_kv_heads
         scaled_q, acc = np.empty((G, head_dim), np.float32), np.zeros((G, head_dim), np.float32)
         rows, x = np.empty((4, head_dim), np.float32), np.zeros((G, C + 3), np.float32)
+        bias = np.empty(bias_pool.shape[1], np.float32)
         top, total = np.full(G, -np.inf, np.float32), np.zeros(G, np.float32)
         for g in range(G):
             for d in range(head_dim):
@@ -129,7 +135,9 @@ def attend_kernel(
             lo, hi = max(0, seq_lens[b] - window - first), min(C, seq_lens[b] - first)
             if slot >= 0 and lo < hi:
                 block_logits(k_pool, slot * k_stride, lo, hi, scaled_q, rows, x, code)
-                online_softmax(x, lo, hi, top, total, acc, soft_cap)
+                for c in range(lo, min(hi, bias.size)):
+                    bias[c] = decode(bias_pool[slot, c], code) * bias_scale
+                online_softmax(x, lo, hi, top, total, acc, soft_cap, bias)
                 add_values(v_pool, slot * v_stride, lo, hi, x, rows, acc, code)
         for g in range(G):
             inverse = np.float32(1) / total[g] if total[g] != 0 else np.float32(0)
@@ -151,6 +159,8 @@ def attend(
     softmax_scale: float,
     soft_cap: float | None,
     window: int | None,
+    bias_pool: Tensor | None = None,
+    bias_scale: float = 1.0,
 ) -> None:
     """Attend to the blocks of each (row, KV head) that have a slot, in T splits that merge later.
 
@@ -168,9 +178,13 @@ def attend(
         softmax_scale: factor on q.k.
         soft_cap: None, or the logit becomes soft_cap * tanh(logit / soft_cap).
         window: None, or only the last `window` tokens count.
+        bias_pool: [L, C] or None: a number per token; `bias_scale` times it is added to the (capped) logit.
+        bias_scale: factor on the bias.
     """
+    bits = as_numpy(q)
     attend_kernel(
-        as_numpy(q), *flat(k_pool), *flat(v_pool), code_of(q), block_ids.numpy(), block_slots.numpy(),
+        bits, *flat(k_pool), *flat(v_pool), code_of(q), block_ids.numpy(), block_slots.numpy(),
         seq_lens.numpy(), out.numpy(), lse.numpy(), k_pool.shape[1],
         np.float32(softmax_scale), np.float32(soft_cap or 0), 2**31 - 1 if window is None else window,
+        np.zeros((0, 0), bits.dtype) if bias_pool is None else as_numpy(bias_pool), np.float32(bias_scale),
     )  # fmt: skip

@@ -31,12 +31,15 @@ def attend_fetch(
     softmax_scale: float,
     soft_cap: float | None,
     window: int | None,
+    bias_pool: Tensor | None = None,
+    bias_scale: float = 1.0,
 ) -> None:
     """Attend to the hits, copy the listed blocks to their slots, attend to them; `merge` joins the parts.
 
     Arguments as in `csrc_free_kernels/reference/attend_fetch.py`.
     """
     logits: dict[str, Any] = {"softmax_scale": softmax_scale, "soft_cap": soft_cap, "window": window}
+    logits |= {"bias_pool": bias_pool, "bias_scale": bias_scale}
     hits, late = (out_parts[:splits], lse_parts[:splits]), (out_parts[splits:], lse_parts[splits:])
     attend(q, k_pool, v_pool, block_ids, hit_slots, seq_lens, *hits, **logits)
     gather(load_src, load_dst, load_count, host_blocks, pool_blocks, loaded_total)

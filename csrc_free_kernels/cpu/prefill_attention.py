@@ -27,6 +27,8 @@ def prefill_attention(
     softmax_scale: float,
     soft_cap: float | None,
     window: int | None,
+    bias: Tensor | None = None,
+    bias_scale: float = 1.0,
 ) -> None:
     """Fold the causal attention of a query chunk over one key segment into `(out, lse)`.
 
@@ -45,6 +47,8 @@ def prefill_attention(
         softmax_scale: factor on q.k.
         soft_cap: None, or the logit becomes soft_cap * tanh(logit / soft_cap).
         window: None, or a query sees only the last `window` positions up to its own.
+        bias: [B, Hkv, M, C'] or None: a number per key; `bias_scale` times it is added to the (capped) logit.
+        bias_scale: factor on the bias.
     """
     batch, num_kv_heads, group_size = q.shape[0], k.shape[1], q.shape[1] // k.shape[1]
     limits = zip(query_start.numpy(), key_start.numpy(), key_len.numpy(), strict=True)
@@ -54,11 +58,14 @@ def prefill_attention(
             fold_head(
                 q[b, group], k[b, h], v[b, h], int(first), int(key_first), int(num_keys),
                 out[b, group], lse[b, group], softmax_scale, soft_cap, window,
+                None if bias is None else bias[b, h, :, :, None], bias_scale,
             )  # fmt: skip
 
 
-def fold_head(q, k, v, query_start, key_start, key_len, out, lse, scale, soft_cap, window) -> None:
-    """One row and KV head: q, out [G, Q, D]; k, v [M, C', D]; lse [G, Q]."""
+def fold_head(
+    q, k, v, query_start, key_start, key_len, out, lse, scale, soft_cap, window, bias, bias_scale
+) -> None:
+    """One row and KV head: q, out [G, Q, D]; k, v [M, C', D]; lse [G, Q]; bias [M, C', 1] or None."""
     group_size, num_queries, head_dim = q.shape
     rows = max(16, TILE_ROWS // group_size)
     for i in range(0, num_queries, rows):
@@ -78,6 +85,8 @@ def fold_head(q, k, v, query_start, key_start, key_len, out, lse, scale, soft_ca
             x = scaled @ key_rows(k, j, end).T  # [R, keys]
             if soft_cap is not None:
                 x.div_(soft_cap).tanh_().mul_(soft_cap)
+            if bias is not None:
+                x.add_(key_rows(bias, j, end)[:, 0], alpha=bias_scale)
             if key_start + end - 1 > first or (window is not None and key_start + j <= last - window):
                 key_pos = key_start + torch.arange(j, end)
                 hidden = key_pos > pos[:, None]

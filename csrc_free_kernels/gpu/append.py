@@ -86,6 +86,9 @@ def append_kernel(
     step,  # [1]
     summary,  # [P, HKV, W, D] or None
     load_count,  # [1]
+    bias_new,  # [B, HKV] or None, as the next two
+    bias_host,  # [P, HKV, C]
+    bias_pool,  # [L, C]
     stride_k_row,
     stride_k_head,
     stride_v_row,
@@ -101,6 +104,11 @@ def append_kernel(
     stride_s_page,
     stride_s_head,
     stride_s_w,
+    stride_b_row,
+    stride_b_head,
+    stride_b_page,
+    stride_b_host_head,
+    stride_b_slot,
     sink_blocks,
     id_range,
     HKV: tl.constexpr,
@@ -111,6 +119,7 @@ def append_kernel(
     ROWS: tl.constexpr,
     SLOTS: tl.constexpr,
     KIND: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
 ):
     i_bh = tl.program_id(0)
     if i_bh == 0:
@@ -132,6 +141,10 @@ def append_kernel(
         o_token = offset * stride_host_token + o_d
         tl.store(k_host + o_host + o_token, b_k, mask=m_d)
         tl.store(v_host + o_host + o_token, b_v, mask=m_d)
+        if HAS_BIAS:
+            b_bias = tl.load(bias_new + i_b * stride_b_row + i_h * stride_b_head)
+            p_bias_host = bias_host + page * stride_b_page + i_h * stride_b_host_head
+            tl.store(p_bias_host + offset, b_bias)
         if slot < 0:
             base, count = tl.load(slot_base + i_bh), tl.load(slot_count + i_bh)
             slot = claim_slot(
@@ -142,12 +155,16 @@ def append_kernel(
                 strides = (stride_host_token, stride_pool_token)
                 copy_rows(k_host + o_host, p_k, offset, strides, D, D_P2, ROWS)
                 copy_rows(v_host + o_host, p_v, offset, strides, D, D_P2, ROWS)
+                if HAS_BIAS:
+                    copy_rows(p_bias_host, bias_pool + slot * stride_b_slot, offset, (1, 1), 1, 1, ROWS)
         if slot >= 0:
             p_keys = k_pool + slot * stride_slot
             o_token = offset * stride_pool_token + o_d
             tl.store(p_keys + o_token, b_k, mask=m_d)
             tl.store(v_pool + slot * stride_slot + o_token, b_v, mask=m_d)
             tl.store(last_used + slot, this_step)
+            if HAS_BIAS:
+                tl.store(bias_pool + slot * stride_b_slot + offset, b_bias)
             if KIND != "none":
                 p_summary = summary + page * stride_s_page + i_h * stride_s_head
                 summarize_tail(
@@ -175,6 +192,9 @@ def append(
     *,
     sink_blocks: int,
     summary_kind: Literal["none", "mean", "minmax", "cuboid"],
+    bias_new: Tensor | None = None,
+    bias_host: Tensor | None = None,
+    bias_pool: Tensor | None = None,
 ) -> None:
     """Write the token at position `seq_len - 1` of every active row to its host page and to the pool.
 
@@ -199,9 +219,17 @@ def append(
         load_count: int32 [1], set to 0.
         sink_blocks: blocks below this number are never evicted.
         summary_kind: what `summary` holds.
+        bias_new: [B, Hkv], a bias per token that is kept beside K and V; None with the next two where there is none.
+        bias_host: [P, Hkv, C], pinned host memory, last dim contiguous.
+        bias_pool: [L, C], last dim contiguous.
     """
     assert k_host.stride() == v_host.stride() and k_pool.stride() == v_pool.stride()
     assert k_new.stride(2) == v_new.stride(2) == k_host.stride(3) == k_pool.stride(2) == 1
+    bias_strides = (0,) * 5
+    if bias_new is not None:
+        assert bias_host is not None and bias_pool is not None
+        assert bias_host.stride(2) == bias_pool.stride(1) == 1
+        bias_strides = (*bias_new.stride(), *bias_host.stride()[:2], bias_pool.stride(0))
     rows, heads, dim = k_new.shape
     block_size = k_pool.shape[1]
     unit = block_size if summary is None else unit_tokens(summary_kind, block_size, summary.shape[2])
@@ -222,6 +250,9 @@ def append(
         step,
         summary,
         load_count,
+        bias_new,
+        bias_host,
+        bias_pool,
         *k_new.stride()[:2],
         *v_new.stride()[:2],
         host_table.stride(0),
@@ -229,6 +260,7 @@ def append(
         *k_pool.stride()[:2],
         *slot_of.stride()[:2],
         *(summary.stride()[:3] if summary is not None else (0, 0, 0)),
+        *bias_strides,
         sink_blocks,
         id_range_of(slot_of, block_in),
         HKV=heads,
@@ -239,5 +271,6 @@ def append(
         ROWS=min(unit, TILE_ROWS),
         SLOTS=TILE_SLOTS,
         KIND=summary_kind,
+        HAS_BIAS=bias_new is not None,
         num_warps=NUM_WARPS,
     )

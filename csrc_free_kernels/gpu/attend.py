@@ -29,15 +29,17 @@ def cap_logits(x, soft_cap):
 
 
 # Attention of the G heads of one KV head over the present blocks among s = i_t, i_t + T, ...
-# p_q [B, Hq, D]; p_k, p_v [L, C, D] with token stride D; p_ids, p_slots [S] of this (row, KV head).
+# p_q [B, Hq, D]; p_k, p_v [L, C, D] with token stride D; p_ids, p_slots [S] of this (row, KV head);
+# p_bias [L, C] or None.
 # Returns out [BLOCK_G, BLOCK_D], normalised, and lse [BLOCK_G], natural log: 0 and -inf without keys.
 @triton.jit
 def attend_split(
-    p_q, p_k, p_v, p_ids, p_slots, p_seq_lens, softmax_scale, soft_cap, window, i_b, i_h, i_t,
-    stride_qb, stride_qh, stride_k, stride_v,
+    p_q, p_k, p_v, p_ids, p_slots, p_seq_lens, softmax_scale, soft_cap, window,
+    p_bias, bias_scale, stride_bias, i_b, i_h,
+    i_t, stride_qb, stride_qh, stride_k, stride_v,
     G: tl.constexpr, D: tl.constexpr, C: tl.constexpr, S: tl.constexpr, T: tl.constexpr,
     BLOCK_G: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_S: tl.constexpr,
-    HAS_CAP: tl.constexpr, HAS_WINDOW: tl.constexpr, UPCAST_DOT: tl.constexpr,
+    HAS_CAP: tl.constexpr, HAS_WINDOW: tl.constexpr, HAS_BIAS: tl.constexpr, UPCAST_DOT: tl.constexpr,
 ):  # fmt: skip
     # loads that do not wait for each other first
     o_s = tl.arange(0, BLOCK_S) * T + i_t
@@ -48,7 +50,8 @@ def attend_split(
     b_word, b_rank = rank_present(b_ids, b_slots)
     return attend_ranks(
         b_q, p_k, p_v, b_word, b_rank, 0, tl.max(b_rank, 0), seq_len, softmax_scale, soft_cap, window,
-        stride_k, stride_v, D, C, BLOCK_G, BLOCK_D, BLOCK_C, HAS_CAP, HAS_WINDOW, UPCAST_DOT,
+        p_bias, bias_scale, stride_bias, stride_k, stride_v,
+        D, C, BLOCK_G, BLOCK_D, BLOCK_C, HAS_CAP, HAS_WINDOW, HAS_BIAS, UPCAST_DOT,
     )  # fmt: skip
 
 
@@ -79,9 +82,10 @@ def rank_present(b_ids, b_slots):
 # would be pipelined too, and leave one buffer fewer for the blocks themselves.
 @triton.jit
 def attend_ranks(
-    b_q, p_k, p_v, b_word, b_rank, first, num_blocks, seq_len, softmax_scale, soft_cap, window, stride_k, stride_v,
+    b_q, p_k, p_v, b_word, b_rank, first, num_blocks, seq_len, softmax_scale, soft_cap, window,
+    p_bias, bias_scale, stride_bias, stride_k, stride_v,
     D: tl.constexpr, C: tl.constexpr, BLOCK_G: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_C: tl.constexpr,
-    HAS_CAP: tl.constexpr, HAS_WINDOW: tl.constexpr, UPCAST_DOT: tl.constexpr,
+    HAS_CAP: tl.constexpr, HAS_WINDOW: tl.constexpr, HAS_BIAS: tl.constexpr, UPCAST_DOT: tl.constexpr,
 ):  # fmt: skip
     o_d = tl.arange(0, BLOCK_D)
     o_c = tl.arange(0, BLOCK_C)
@@ -108,6 +112,9 @@ def attend_ranks(
         b_x = softmax_scale * tl.dot(b_q, tl.trans(b_k), input_precision="ieee")  # [BLOCK_G, BLOCK_C]
         if HAS_CAP:
             b_x = cap_logits(b_x, soft_cap)
+        if HAS_BIAS:
+            b_bias = tl.load(p_bias + slot * stride_bias + o_token, mask=m_c, other=0.0)
+            b_x += bias_scale * b_bias.to(tl.float32)[None, :]
         b_x = tl.where(m_c[None, :], b_x * LOG2E, float("-inf"))
         b_max = tl.maximum(b_m, tl.max(b_x, 1))
         b_shift = tl.where(b_max == float("-inf"), 0.0, b_max)
@@ -141,12 +148,12 @@ def store_part(
 @triton.jit
 def attend_kernel(
     p_q, p_k, p_v, p_ids, p_slots, p_seq_lens, p_out, p_lse,
-    softmax_scale, soft_cap, window,
+    softmax_scale, soft_cap, window, p_bias, bias_scale, stride_bias,
     stride_qb, stride_qh, stride_k, stride_v, stride_ib, stride_ih, stride_sb, stride_sh,
     stride_ot, stride_ob, stride_oh, stride_lt, stride_lb, stride_lh,
     H_KV: tl.constexpr, G: tl.constexpr, D: tl.constexpr, C: tl.constexpr, S: tl.constexpr, T: tl.constexpr,
     BLOCK_G: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_S: tl.constexpr,
-    HAS_CAP: tl.constexpr, HAS_WINDOW: tl.constexpr, UPCAST_DOT: tl.constexpr,
+    HAS_CAP: tl.constexpr, HAS_WINDOW: tl.constexpr, HAS_BIAS: tl.constexpr, UPCAST_DOT: tl.constexpr,
 ):  # fmt: skip
     i_bh = tl.program_id(0).to(tl.int64)
     i_t = tl.program_id(1)
@@ -154,8 +161,9 @@ def attend_kernel(
     i_h = i_bh % H_KV
     b_o, b_lse = attend_split(
         p_q, p_k, p_v, p_ids + i_b * stride_ib + i_h * stride_ih, p_slots + i_b * stride_sb + i_h * stride_sh,
-        p_seq_lens, softmax_scale, soft_cap, window, i_b, i_h, i_t, stride_qb, stride_qh, stride_k, stride_v,
-        G, D, C, S, T, BLOCK_G, BLOCK_D, BLOCK_C, BLOCK_S, HAS_CAP, HAS_WINDOW, UPCAST_DOT,
+        p_seq_lens, softmax_scale, soft_cap, window, p_bias, bias_scale, stride_bias, i_b, i_h, i_t,
+        stride_qb, stride_qh, stride_k, stride_v,
+        G, D, C, S, T, BLOCK_G, BLOCK_D, BLOCK_C, BLOCK_S, HAS_CAP, HAS_WINDOW, HAS_BIAS, UPCAST_DOT,
     )  # fmt: skip
     p_out += i_t.to(tl.int64) * stride_ot + i_b * stride_ob
     p_lse += i_t.to(tl.int64) * stride_lt + i_b * stride_lb
@@ -175,6 +183,8 @@ def attend(
     softmax_scale: float,
     soft_cap: float | None,
     window: int | None,
+    bias_pool: Tensor | None = None,
+    bias_scale: float = 1.0,
 ) -> None:
     """Attend to the blocks of each (row, KV head) that have a slot, in T splits that merge later.
 
@@ -192,15 +202,18 @@ def attend(
         softmax_scale: factor on q.k.
         soft_cap: None, or the logit becomes soft_cap * tanh(logit / soft_cap).
         window: None, or only the last `window` tokens count.
+        bias_pool: [L, C] or None: a number per token; `bias_scale` times it is added to the (capped) logit.
+        bias_scale: factor on the bias.
     """
     num_splits, batch, num_kv_heads = out.shape[0], q.shape[0], block_ids.shape[1]
     attend_kernel[(batch * num_kv_heads, num_splits)](
         q, k_pool, v_pool, block_ids, block_slots, seq_lens, out, lse,
         softmax_scale, 1.0 if soft_cap is None else soft_cap, 0 if window is None else window,
+        bias_pool, bias_scale, 0 if bias_pool is None else bias_pool.stride(0),
         *q.stride()[:2], k_pool.stride(0), v_pool.stride(0), *block_ids.stride()[:2], *block_slots.stride()[:2],
         *out.stride()[:3], *lse.stride(),
         **attend_sizes(q, k_pool, block_ids, num_splits),
-        HAS_CAP=soft_cap is not None, HAS_WINDOW=window is not None,
+        HAS_CAP=soft_cap is not None, HAS_WINDOW=window is not None, HAS_BIAS=bias_pool is not None,
     )  # fmt: skip
 
 

@@ -34,11 +34,12 @@ WORDS_PER_THREAD = (
 @triton.jit
 def attend_part(
     p_q, p_k, p_v, p_ids, p_late, p_seq_lens, p_parts, p_lse_parts, at, softmax_scale, soft_cap, window,
+    p_bias, bias_scale, stride_bias,
     stride_qb, stride_qh, stride_k, stride_v, stride_ib, stride_ih, stride_nb, stride_nh, stride_pt, stride_pb,
     stride_ph, stride_lt, stride_lb, stride_lh,
     H_KV: tl.constexpr, G: tl.constexpr, D: tl.constexpr, C: tl.constexpr, S: tl.constexpr, PER_PART: tl.constexpr,
     BLOCK_G: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_S: tl.constexpr,
-    HAS_CAP: tl.constexpr, HAS_WINDOW: tl.constexpr, UPCAST_DOT: tl.constexpr,
+    HAS_CAP: tl.constexpr, HAS_WINDOW: tl.constexpr, HAS_BIAS: tl.constexpr, UPCAST_DOT: tl.constexpr,
 ):  # fmt: skip
     i_bh, rank = (at // S).to(tl.int64), at % S
     i_b, i_h = i_bh // H_KV, i_bh % H_KV
@@ -51,7 +52,8 @@ def attend_part(
     num_blocks = tl.minimum(tl.max(b_rank, 0) - rank, PER_PART)
     b_o, b_lse = attend_ranks(
         b_q, p_k, p_v, b_word, b_rank, rank, num_blocks, seq_len, softmax_scale, soft_cap, window,
-        stride_k, stride_v, D, C, BLOCK_G, BLOCK_D, BLOCK_C, HAS_CAP, HAS_WINDOW, UPCAST_DOT,
+        p_bias, bias_scale, stride_bias,
+        stride_k, stride_v, D, C, BLOCK_G, BLOCK_D, BLOCK_C, HAS_CAP, HAS_WINDOW, HAS_BIAS, UPCAST_DOT,
     )  # fmt: skip
     i_part = (rank // PER_PART).to(tl.int64)
     p_own, p_own_lse = (
@@ -65,12 +67,13 @@ def attend_part(
 @triton.jit
 def fetch(
     p_q, p_k, p_v, p_ids, p_late, p_seq_lens, load_src, load_dst, load_at, load_count, p_host, p_pool, loaded_total,
-    p_parts, p_lse_parts, softmax_scale, soft_cap, window, stride_page, stride_head, stride_slot,
+    p_parts, p_lse_parts, softmax_scale, soft_cap, window,
+    p_bias, bias_scale, stride_bias, stride_page, stride_head, stride_slot,
     stride_qb, stride_qh, stride_k, stride_v, stride_ib, stride_ih, stride_nb, stride_nh, stride_pt, stride_pb,
     stride_ph, stride_lt, stride_lb, stride_lh,
     H_KV: tl.constexpr, G: tl.constexpr, D: tl.constexpr, C: tl.constexpr, S: tl.constexpr, PER_PART: tl.constexpr,
     BLOCK_G: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_C: tl.constexpr, ALL_S: tl.constexpr,
-    HAS_CAP: tl.constexpr, HAS_WINDOW: tl.constexpr, UPCAST_DOT: tl.constexpr,
+    HAS_CAP: tl.constexpr, HAS_WINDOW: tl.constexpr, HAS_BIAS: tl.constexpr, UPCAST_DOT: tl.constexpr,
     WORDS: tl.constexpr, TILE: tl.constexpr, LOADS: tl.constexpr, PROGRAMS: tl.constexpr,
 ):  # fmt: skip
     count = tl.load(load_count)
@@ -94,9 +97,10 @@ def fetch(
         if before >= 0:
             attend_part(
                 p_q, p_k, p_v, p_ids, p_late, p_seq_lens, p_parts, p_lse_parts, before, softmax_scale, soft_cap,
-                window, stride_qb, stride_qh, stride_k, stride_v, stride_ib, stride_ih, stride_nb, stride_nh,
+                window, p_bias, bias_scale, stride_bias,
+                stride_qb, stride_qh, stride_k, stride_v, stride_ib, stride_ih, stride_nb, stride_nh,
                 stride_pt, stride_pb, stride_ph, stride_lt, stride_lb, stride_lh,
-                H_KV, G, D, C, S, PER_PART, BLOCK_G, BLOCK_D, BLOCK_C, ALL_S, HAS_CAP, HAS_WINDOW, UPCAST_DOT,
+                H_KV, G, D, C, S, PER_PART, BLOCK_G, BLOCK_D, BLOCK_C, ALL_S, HAS_CAP, HAS_WINDOW, HAS_BIAS, UPCAST_DOT,
             )  # fmt: skip
         tl.store(p_pool + (b_slot * stride_slot)[:, None] + o_word[None, :], b_tile, mask=m_word)
         for o_rest in range(TILE, WORDS, TILE):  # of blocks that registers do not hold at once
@@ -114,21 +118,23 @@ def fetch(
 @triton.jit
 def attend_fetch_kernel(
     p_q, p_k, p_v, p_ids, p_hits, p_late, p_seq_lens, load_src, load_dst, load_at, load_count, p_host, p_pool,
-    loaded_total, p_parts, p_lse_parts, softmax_scale, soft_cap, window, num_heads,
+    loaded_total, p_parts, p_lse_parts, softmax_scale, soft_cap, window, p_bias, bias_scale, stride_bias, num_heads,
     stride_page, stride_head, stride_slot, stride_qb, stride_qh, stride_k, stride_v, stride_ib, stride_ih,
     stride_sb, stride_sh, stride_nb, stride_nh, stride_pt, stride_pb, stride_ph, stride_lt, stride_lb, stride_lh,
     H_KV: tl.constexpr, G: tl.constexpr, D: tl.constexpr, C: tl.constexpr, S: tl.constexpr, T: tl.constexpr,
     PER_PART: tl.constexpr, BLOCK_G: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_C: tl.constexpr,
     BLOCK_S: tl.constexpr, ALL_S: tl.constexpr, HAS_CAP: tl.constexpr, HAS_WINDOW: tl.constexpr,
-    UPCAST_DOT: tl.constexpr, WORDS: tl.constexpr, TILE: tl.constexpr, LOADS: tl.constexpr, PROGRAMS: tl.constexpr,
+    HAS_BIAS: tl.constexpr, UPCAST_DOT: tl.constexpr,
+    WORDS: tl.constexpr, TILE: tl.constexpr, LOADS: tl.constexpr, PROGRAMS: tl.constexpr,
 ):  # fmt: skip
     if tl.program_id(0) < PROGRAMS:
         fetch(
             p_q, p_k, p_v, p_ids, p_late, p_seq_lens, load_src, load_dst, load_at, load_count, p_host, p_pool,
             loaded_total, p_parts + T * stride_pt, p_lse_parts + T * stride_lt, softmax_scale, soft_cap, window,
+            p_bias, bias_scale, stride_bias,
             stride_page, stride_head, stride_slot, stride_qb, stride_qh, stride_k, stride_v, stride_ib, stride_ih,
             stride_nb, stride_nh, stride_pt, stride_pb, stride_ph, stride_lt, stride_lb, stride_lh,
-            H_KV, G, D, C, S, PER_PART, BLOCK_G, BLOCK_D, BLOCK_C, ALL_S, HAS_CAP, HAS_WINDOW, UPCAST_DOT,
+            H_KV, G, D, C, S, PER_PART, BLOCK_G, BLOCK_D, BLOCK_C, ALL_S, HAS_CAP, HAS_WINDOW, HAS_BIAS, UPCAST_DOT,
             WORDS, TILE, LOADS, PROGRAMS,
         )  # fmt: skip
     else:
@@ -137,8 +143,9 @@ def attend_fetch_kernel(
         i_b, i_h = i_bh // H_KV, i_bh % H_KV
         b_o, b_lse = attend_split(
             p_q, p_k, p_v, p_ids + i_b * stride_ib + i_h * stride_ih, p_hits + i_b * stride_sb + i_h * stride_sh,
-            p_seq_lens, softmax_scale, soft_cap, window, i_b, i_h, i_t, stride_qb, stride_qh, stride_k, stride_v,
-            G, D, C, S, T, BLOCK_G, BLOCK_D, BLOCK_C, BLOCK_S, HAS_CAP, HAS_WINDOW, UPCAST_DOT,
+            p_seq_lens, softmax_scale, soft_cap, window,
+            p_bias, bias_scale, stride_bias, i_b, i_h, i_t, stride_qb, stride_qh, stride_k, stride_v,
+            G, D, C, S, T, BLOCK_G, BLOCK_D, BLOCK_C, BLOCK_S, HAS_CAP, HAS_WINDOW, HAS_BIAS, UPCAST_DOT,
         )  # fmt: skip
         p_parts += i_t.to(tl.int64) * stride_pt + i_b * stride_pb
         p_lse_parts += i_t.to(tl.int64) * stride_lt + i_b * stride_lb
@@ -167,6 +174,8 @@ def attend_fetch(
     softmax_scale: float,
     soft_cap: float | None,
     window: int | None,
+    bias_pool: Tensor | None = None,
+    bias_scale: float = 1.0,
 ) -> None:
     """Attend to the hits, copy the listed blocks to their slots, attend to them; `merge` joins the parts.
 
@@ -183,10 +192,11 @@ def attend_fetch(
     attend_fetch_kernel[(fetchers + heads * splits,)](
         q, k_pool, v_pool, block_ids, hit_slots, late_slots, seq_lens, load_src, load_dst, load_at, load_count,
         host, pool, loaded_total, out_parts, lse_parts,
-        softmax_scale, 1.0 if soft_cap is None else soft_cap, 0 if window is None else window, heads,
+        softmax_scale, 1.0 if soft_cap is None else soft_cap, 0 if window is None else window,
+        bias_pool, bias_scale, 0 if bias_pool is None else bias_pool.stride(0), heads,
         host.stride(0), host.stride(1), pool.stride(0), *q.stride()[:2], k_pool.stride(0), v_pool.stride(0),
         *block_ids.stride()[:2], *hit_slots.stride()[:2], *late_slots.stride()[:2], *out_parts.stride()[:3],
         *lse_parts.stride(), **sizes, PER_PART=per_part, ALL_S=triton.next_power_of_2(width), WORDS=words,
         TILE=min(held, triton.next_power_of_2(words)), LOADS=loads, PROGRAMS=fetchers,
-        HAS_CAP=soft_cap is not None, HAS_WINDOW=window is not None,
+        HAS_CAP=soft_cap is not None, HAS_WINDOW=window is not None, HAS_BIAS=bias_pool is not None,
     )  # fmt: skip

@@ -14,9 +14,10 @@ from csrc_free_kernels.launch import shared_bytes
 @triton.jit
 def fold_keys(
     b_o, b_l, b_m, b_q, p_k, p_v, o_pos, key_start, key_len, lo, hi, scale, soft_cap, window,
-    stride_km, stride_kt, stride_vm, stride_vt,
+    stride_km, stride_kt, stride_vm, stride_vt, p_bias, bias_scale, stride_bm,
     D: tl.constexpr, KEY_BLOCK: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
-    MASKED: tl.constexpr, HAS_CAP: tl.constexpr, HAS_WINDOW: tl.constexpr, UPCAST_DOT: tl.constexpr,
+    MASKED: tl.constexpr, HAS_CAP: tl.constexpr, HAS_WINDOW: tl.constexpr, HAS_BIAS: tl.constexpr,
+    UPCAST_DOT: tl.constexpr,
 ):  # fmt: skip
     # Online softmax over the keys [lo, hi), lo a multiple of BLOCK_N. b_m counts in log2.
     o_d = tl.arange(0, BLOCK_D)
@@ -48,6 +49,15 @@ def fold_keys(
         if HAS_CAP:
             b_x = cap_logits(b_x * scale, soft_cap)
             log2_scale = LOG2E
+        if HAS_BIAS:
+            if not HAS_CAP:
+                b_x = b_x * scale
+                log2_scale = LOG2E
+            o_b = o_n.to(tl.int64)
+            if KEY_BLOCK > 0:
+                o_b = (o_n // KEY_BLOCK).to(tl.int64) * stride_bm + o_n % KEY_BLOCK
+            b_bias = tl.load(p_bias + o_b, mask=m_n, other=0.0) if MASKED else tl.load(p_bias + o_b)
+            b_x = b_x + bias_scale * b_bias.to(tl.float32)[None, :]
         if MASKED:
             o_kpos = (key_start + o_n)[None, :]
             m_x = m_n[None, :] & (o_kpos <= o_pos[:, None])
@@ -73,12 +83,14 @@ def prefill_attention_kernel(
     stride_qb, stride_qh, stride_qt, stride_kb, stride_kh, stride_km, stride_kt,
     stride_vb, stride_vh, stride_vm, stride_vt,
     stride_ob, stride_oh, stride_ot, stride_lb, stride_lh, stride_lt,
+    p_bias, bias_scale, stride_bb, stride_bh, stride_bm,
     H_Q: tl.constexpr, G: tl.constexpr, D: tl.constexpr, KEY_BLOCK: tl.constexpr,
     BLOCK_Q: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
-    HAS_CAP: tl.constexpr, HAS_WINDOW: tl.constexpr, UPCAST_DOT: tl.constexpr,
+    HAS_CAP: tl.constexpr, HAS_WINDOW: tl.constexpr, HAS_BIAS: tl.constexpr, UPCAST_DOT: tl.constexpr,
 ):  # fmt: skip
     # Grid (B * Hq, ceil(Q / BLOCK_Q)). One program: BLOCK_Q queries of one head over all keys they see.
-    # p_q, p_out [B, Hq, Q, D]; p_k, p_v [B, Hkv, M, KEY_BLOCK, D] (0: M is 1); p_lse [B, Hq, Q].
+    # p_q, p_out [B, Hq, Q, D]; p_k, p_v [B, Hkv, M, KEY_BLOCK, D] (0: M is 1); p_lse [B, Hq, Q];
+    # p_bias [B, Hkv, M, KEY_BLOCK] or None.
     i_bh = tl.program_id(0).to(tl.int64)
     i_b = i_bh // H_Q
     i_h = i_bh % H_Q
@@ -112,6 +124,8 @@ def prefill_attention_kernel(
         b_q = b_q.to(tl.float32)
     p_k += i_b * stride_kb + i_h // G * stride_kh
     p_v += i_b * stride_vb + i_h // G * stride_vh
+    if HAS_BIAS:
+        p_bias += i_b * stride_bb + i_h // G * stride_bh
     o_pos = query_start + o_q
 
     # The result so far is one more key: weight 1, value out, logit lse.
@@ -122,18 +136,18 @@ def prefill_attention_kernel(
     b_o = tl.load(p_o, mask=m_qd & (b_l > 0)[:, None], other=0.0)
     b_o, b_l, b_m = fold_keys(
         b_o, b_l, b_m, b_q, p_k, p_v, o_pos, key_start, key_len, lo, full_lo, scale, soft_cap, window,
-        stride_km, stride_kt, stride_vm, stride_vt,
-        D, KEY_BLOCK, BLOCK_N, BLOCK_D, True, HAS_CAP, HAS_WINDOW, UPCAST_DOT,
+        stride_km, stride_kt, stride_vm, stride_vt, p_bias, bias_scale, stride_bm,
+        D, KEY_BLOCK, BLOCK_N, BLOCK_D, True, HAS_CAP, HAS_WINDOW, HAS_BIAS, UPCAST_DOT,
     )  # fmt: skip
     b_o, b_l, b_m = fold_keys(
         b_o, b_l, b_m, b_q, p_k, p_v, o_pos, key_start, key_len, full_lo, full_hi, scale, soft_cap, window,
-        stride_km, stride_kt, stride_vm, stride_vt,
-        D, KEY_BLOCK, BLOCK_N, BLOCK_D, False, HAS_CAP, HAS_WINDOW, UPCAST_DOT,
+        stride_km, stride_kt, stride_vm, stride_vt, p_bias, bias_scale, stride_bm,
+        D, KEY_BLOCK, BLOCK_N, BLOCK_D, False, HAS_CAP, HAS_WINDOW, HAS_BIAS, UPCAST_DOT,
     )  # fmt: skip
     b_o, b_l, b_m = fold_keys(
         b_o, b_l, b_m, b_q, p_k, p_v, o_pos, key_start, key_len, full_hi, hi, scale, soft_cap, window,
-        stride_km, stride_kt, stride_vm, stride_vt,
-        D, KEY_BLOCK, BLOCK_N, BLOCK_D, True, HAS_CAP, HAS_WINDOW, UPCAST_DOT,
+        stride_km, stride_kt, stride_vm, stride_vt, p_bias, bias_scale, stride_bm,
+        D, KEY_BLOCK, BLOCK_N, BLOCK_D, True, HAS_CAP, HAS_WINDOW, HAS_BIAS, UPCAST_DOT,
     )  # fmt: skip
 
     b_l = tl.where(b_l != 0, b_l, 1.0)
@@ -177,6 +191,8 @@ def prefill_attention(
     softmax_scale: float,
     soft_cap: float | None,
     window: int | None,
+    bias: Tensor | None = None,
+    bias_scale: float = 1.0,
 ) -> None:
     """Fold the causal attention of a query chunk over one key segment into `(out, lse)`.
 
@@ -197,6 +213,9 @@ def prefill_attention(
         softmax_scale: factor on q.k, positive.
         soft_cap: None, or the logit becomes soft_cap * tanh(logit / soft_cap).
         window: None, or a query sees only the last `window` positions up to its own.
+        bias: [B, Hkv, M, C'], last dim contiguous, or None: a number per key; `bias_scale` times it is added to
+            the (capped) logit.
+        bias_scale: factor on the bias.
     """
     batch, num_q_heads, num_queries, head_dim = q.shape
     block_d, on_cpu = triton.next_power_of_2(head_dim), q.device.type == "cpu"
@@ -207,9 +226,11 @@ def prefill_attention(
         q, k, v, query_start, key_start, key_len, out, lse,
         num_queries, softmax_scale, 1.0 if soft_cap is None else soft_cap, 0 if window is None else window,
         *q.stride()[:3], *k.stride()[:4], *v.stride()[:4], *out.stride()[:3], *lse.stride(),
+        bias, bias_scale, *((0, 0, 0) if bias is None else bias.stride()[:3]),
         H_Q=num_q_heads, G=num_q_heads // k.shape[1], D=head_dim,
         KEY_BLOCK=0 if k.shape[2] == 1 else k.shape[3],
         BLOCK_Q=block_q, BLOCK_N=block_n, BLOCK_D=block_d,
-        HAS_CAP=soft_cap is not None, HAS_WINDOW=window is not None, UPCAST_DOT=on_cpu,
+        HAS_CAP=soft_cap is not None, HAS_WINDOW=window is not None, HAS_BIAS=bias is not None,
+        UPCAST_DOT=on_cpu,
         num_warps=num_warps, num_stages=num_stages,
     )  # fmt: skip

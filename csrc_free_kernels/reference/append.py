@@ -28,6 +28,9 @@ def append(
     *,
     sink_blocks: int,
     summary_kind: Literal["none", "mean", "minmax", "cuboid"],
+    bias_new: Tensor | None = None,
+    bias_host: Tensor | None = None,
+    bias_pool: Tensor | None = None,
 ) -> None:
     """Write the token at position `seq_len - 1` of every active row to its host page and to the pool.
 
@@ -53,16 +56,23 @@ def append(
         load_count: int32 [1], set to 0.
         sink_blocks: blocks below this number are never evicted.
         summary_kind: what `summary` holds.
+        bias_new: [B, Hkv], a bias per token that is kept beside K and V; None with the next two where there is none.
+        bias_host: [P, Hkv, C], host memory.
+        bias_pool: [L, C].
     """
     load_count.zero_()
+    kept = [(k_new, k_host, k_pool), (v_new, v_host, v_pool)]
+    if bias_new is not None:
+        assert bias_host is not None and bias_pool is not None
+        kept.append((bias_new, bias_host, bias_pool))
     block_size, this_step = k_pool.shape[1], int(step[0])
     for b, seq_len in enumerate(seq_lens.tolist()):
         if seq_len <= 0:
             continue
         block, offset = divmod(seq_len - 1, block_size)
         page = int(host_table[b, block])
-        k_host[page, :, offset] = k_new[b]
-        v_host[page, :, offset] = v_new[b]
+        for new, host, _ in kept:
+            host[page, :, offset] = new[b]
         for h in range(k_new.shape[1]):
             slot = int(slot_of[b, h, block])
             if slot < 0:
@@ -72,10 +82,10 @@ def append(
                     continue
                 slot = int(first[0])
                 _claim(slot_of[b, h], block_in, slot, block)
-                k_pool[slot, :offset] = k_host[page, h, :offset]
-                v_pool[slot, :offset] = v_host[page, h, :offset]
-            k_pool[slot, offset] = k_new[b, h]
-            v_pool[slot, offset] = v_new[b, h]
+                for _, host, pool in kept:
+                    pool[slot, :offset] = host[page, h, :offset]
+            for new, _, pool in kept:
+                pool[slot, offset] = new[b, h]
             last_used[slot] = this_step
             if summary is not None and summary_kind != "none":
                 _summarize_tail(summary[page, h], k_pool[slot], offset, summary_kind)

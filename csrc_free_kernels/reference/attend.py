@@ -17,6 +17,8 @@ def attend(
     softmax_scale: float,
     soft_cap: float | None,
     window: int | None,
+    bias_pool: Tensor | None = None,
+    bias_scale: float = 1.0,
 ) -> None:
     """Attend to the blocks of each (row, KV head) that have a slot, in T splits that merge later.
 
@@ -32,6 +34,8 @@ def attend(
         softmax_scale: factor on q.k.
         soft_cap: None, or the logit becomes soft_cap * tanh(logit / soft_cap).
         window: None, or only the last `window` tokens count.
+        bias_pool: [L, C] or None: a number per token; `bias_scale` times it is added to the (capped) logit.
+        bias_scale: factor on the bias.
     """
     (num_splits, batch, num_q_heads, head_dim), num_kv_heads = out.shape, block_ids.shape[1]
     block_size = k_pool.shape[1]
@@ -52,6 +56,9 @@ def attend(
         logits = softmax_scale * q @ k.transpose(-1, -2)
         if soft_cap is not None:
             logits = soft_cap * torch.tanh(logits / soft_cap)
+        if bias_pool is not None:
+            bias = bias_pool[slots[:, :, t::num_splits]].to(work).flatten(2)
+            logits = logits + bias_scale * bias[:, :, None]
         logits = logits.masked_fill(~m[:, :, None], -torch.inf)
         total = torch.logsumexp(logits, -1)  # [B, Hkv, G]
         weights = torch.exp(logits - total.masked_fill(total == -torch.inf, 0)[..., None])

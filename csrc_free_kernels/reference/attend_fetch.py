@@ -33,6 +33,8 @@ def attend_fetch(
     softmax_scale: float,
     soft_cap: float | None,
     window: int | None,
+    bias_pool: Tensor | None = None,
+    bias_scale: float = 1.0,
 ) -> None:
     """Attend to the hits, copy the listed blocks to their slots, attend to them; `merge` joins the parts.
 
@@ -53,9 +55,10 @@ def attend_fetch(
         out_parts, lse_parts: fp32 (fp64 for fp64 inputs) [T, B, Hq, D] and [T, B, Hq], T > splits. The r-th of a (row,
             KV head)'s loads goes to part `splits + r // g`, g the smallest number with which the T - splits parts
             suffice for S blocks; a part that has no load may hold anything afterwards.
-        softmax_scale, soft_cap, window: as for `attend`.
+        softmax_scale, soft_cap, window, bias_pool, bias_scale: as for `attend`; the bias lies in `pool_blocks` too.
     """
     logits: dict[str, Any] = {"softmax_scale": softmax_scale, "soft_cap": soft_cap, "window": window}
+    logits |= {"bias_pool": bias_pool, "bias_scale": bias_scale}
     hits, late = (out_parts[:splits], lse_parts[:splits]), (out_parts[splits:], lse_parts[splits:])
     attend(q, k_pool, v_pool, block_ids, hit_slots, seq_lens, *hits, **logits)
     gather(load_src, load_dst, load_count, host_blocks, pool_blocks, loaded_total)

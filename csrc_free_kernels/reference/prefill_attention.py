@@ -17,6 +17,8 @@ def prefill_attention(
     softmax_scale: float,
     soft_cap: float | None,
     window: int | None,
+    bias: Tensor | None = None,
+    bias_scale: float = 1.0,
 ) -> None:
     """Fold the causal attention of a query chunk over one key segment into `(out, lse)`.
 
@@ -33,6 +35,8 @@ def prefill_attention(
         softmax_scale: factor on q.k.
         soft_cap: None, or the logit becomes soft_cap * tanh(logit / soft_cap).
         window: None, or a query sees only the last `window` positions up to its own.
+        bias: [B, Hkv, M, C'] or None: a number per key; `bias_scale` times it is added to the (capped) logit.
+        bias_scale: factor on the bias.
     """
     batch, num_q_heads, num_queries, head_dim = q.shape
     num_kv_heads = k.shape[1]
@@ -51,6 +55,8 @@ def prefill_attention(
     logits = softmax_scale * q @ k.transpose(-1, -2)[:, :, None]  # [B, Hkv, G, Q, J]
     if soft_cap is not None:
         logits = soft_cap * torch.tanh(logits / soft_cap)
+    if bias is not None:
+        logits = logits + bias_scale * bias.flatten(2).to(work)[:, :, None, None]
     logits = logits.masked_fill(~seen[:, None, None], -torch.inf)
     before = lse.unflatten(1, (num_kv_heads, -1))
     total = torch.logaddexp(before, torch.logsumexp(logits, -1))

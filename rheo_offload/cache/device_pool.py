@@ -18,7 +18,7 @@ TRAFFIC = ("loaded", "warmed", "prefill", "streamed", "audited")  # blocks read 
 
 
 class FullLayer:
-    """Pool, residency tables, summaries and heat of one full-attention layer."""
+    """Pool, residency tables, summaries, heat and bias of one full-attention layer."""
 
     def __init__(
         self,
@@ -33,6 +33,7 @@ class FullLayer:
         summary_width: int,
         max_pages: int,
         device: torch.device,
+        bias_units: int = 0,
     ) -> None:
         """Allocate the layer.
 
@@ -47,17 +48,20 @@ class FullLayer:
             summary_width: summary vectors per block (W).
             max_pages: host pages that summaries must cover.
             device: of the pool.
+            bias_units: parts of a block whose mean bias is kept, to rank blocks by; 0: the bias ranks nothing.
         """
         self.spec, self.layout, self.device = spec, layout, device
         self.rows, self.max_blocks = rows, max_blocks
         self._views: dict[tuple[int, int], FullLayer] = {}
         self.host_blocks = host_blocks
         self.k_host, self.v_host = layout.split(host_blocks)
-        self.summary_kind, self.summary_width = summary_kind, summary_width
+        self.bias_host = layout.bias(host_blocks)
+        self.summary_kind, self.summary_width, self.bias_units = summary_kind, summary_width, bias_units
         self.pool_blocks = torch.empty(
             1 + rows * spec.num_kv_heads * capacity, layout.elements, dtype=layout.dtype, device=device
         )
         self.k_pool, self.v_pool = layout.split(self.pool_blocks)
+        self.bias_pool = layout.bias(self.pool_blocks)
         self.slot_base = torch.ones(rows, spec.num_kv_heads, dtype=torch.int32, device=device)
         self.slot_count = torch.zeros_like(self.slot_base)
         slots = self.pool_blocks.shape[0]
@@ -69,6 +73,8 @@ class FullLayer:
         self.counters = torch.zeros(rows, spec.num_kv_heads, NUM_COUNTERS, dtype=torch.int64, device=device)
         self.traffic = torch.zeros(len(TRAFFIC), dtype=torch.int64, device=device)
         self.summary: torch.Tensor | None = None
+        self.unit_bias: torch.Tensor | None = None
+        """fp32 [pages, Hkv, bias_units]: mean bias of the parts of a block; unfinished ones may hold anything."""
         self.cover_pages(max_pages)
         self.capacity = self.sharing_rows = 0
         self.share_slots(rows)
@@ -110,28 +116,41 @@ class FullLayer:
         return self._views[key]
 
     def cover_pages(self, max_pages: int) -> bool:
-        """Make the summaries reach `max_pages` host pages, keeping what they hold; returns whether they moved."""
-        if self.summary_kind == "none" or (self.summary is not None and self.summary.shape[0] >= max_pages):
-            return False
-        old = self.summary
+        """Make what is kept per page reach `max_pages` host pages, keeping what it holds; returns whether it moved."""
+        heads, dtype = self.spec.num_kv_heads, self.layout.dtype
+        moved = False
+        if self.summary_kind != "none" and (self.summary is None or self.summary.shape[0] < max_pages):
+            vectors = (heads, self.summary_width, self.spec.head_dim)
+            self.summary, moved = self._longer(self.summary, max_pages, vectors, dtype), True
+        if self.bias_units and (self.unit_bias is None or self.unit_bias.shape[0] < max_pages):
+            numbers = (heads, self.bias_units)
+            self.unit_bias, moved = self._longer(self.unit_bias, max_pages, numbers, torch.float32), True
+        if moved:
+            self._views.clear()
+        return moved
+
+    def _longer(
+        self, old: torch.Tensor | None, pages: int, shape: tuple[int, ...], dtype: torch.dtype
+    ) -> torch.Tensor:
+        """Return [at least pages, *shape] that begins with `old`."""
         by_half = old.shape[0] * 3 // 2 if old is not None else 0  # a long generation asks often
-        self.summary = torch.empty(
-            max(max_pages, by_half),
-            self.spec.num_kv_heads,
-            self.summary_width,
-            self.spec.head_dim,
-            dtype=self.layout.dtype,
-            device=self.device,
-        )
+        new = torch.empty(max(pages, by_half), *shape, dtype=dtype, device=self.device)
         if old is not None:
-            self.summary[: old.shape[0]] = old
-        self._views.clear()
-        return True
+            new[: old.shape[0]] = old
+        return new
 
     @property
     def device_bytes(self) -> int:
         """Device memory of this layer's cache."""
-        tensors = (self.pool_blocks, self.summary, self.slot_of, self.heat, self.block_in, self.last_used)
+        tensors = (
+            self.pool_blocks,
+            self.summary,
+            self.unit_bias,
+            self.slot_of,
+            self.heat,
+            self.block_in,
+            self.last_used,
+        )
         return sum(t.nbytes for t in tensors if t is not None)
 
 

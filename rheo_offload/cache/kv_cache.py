@@ -61,6 +61,7 @@ class KVCache:
         summaries: Mapping[int, tuple[str, int]],
         dtype: torch.dtype,
         device: torch.device,
+        bias_units: Mapping[int, int] | None = None,
     ) -> None:
         """Allocate an empty cache.
 
@@ -76,10 +77,12 @@ class KVCache:
             summaries: layer_idx -> (summary kind, summary width) of each full-attention layer.
             dtype: of keys and values.
             device: of the pool.
+            bias_units: layer_idx -> parts of a block whose mean bias is kept; left out: none.
         """
         self.specs, self.store, self.page = list(specs), store, page
         self.rows, self.block_size, self.sink_blocks = rows, block_size, sink_blocks
         self.dtype, self.device, self.summaries = dtype, device, summaries
+        self.bias_units = bias_units or {}
         self.lengths = [0] * rows
         self.longest = [0] * rows
         """The most tokens each row ever held: what a ring has overwritten stays overwritten."""
@@ -117,7 +120,7 @@ class KVCache:
             layout = self.page.blocks[i]
             kind, width = self.summaries[i]
             old = self.full.pop(i, None)
-            kept = (old.heat, old.counters, old.traffic, old.summary) if old else None
+            kept = (old.heat, old.counters, old.traffic, (old.summary, old.unit_bias)) if old else None
             del old  # its pool goes before the new one comes
             shape = (spec.num_kv_heads, layout.elements)
             layer = FullLayer(
@@ -131,15 +134,15 @@ class KVCache:
                 summary_width=width,
                 max_pages=self._pages_to_cover(),
                 device=self.device,
+                bias_units=self.bias_units.get(i, 0),
             )
             if kept:
-                heat, layer.counters, layer.traffic, summary = kept
+                heat, layer.counters, layer.traffic, by_page = kept
                 layer.heat[..., : heat.shape[2]] = heat
-                if summary is not None and layer.summary is not None:
-                    pages = min(
-                        summary.shape[0], layer.summary.shape[0]
-                    )  # both cover every page that is held
-                    layer.summary[:pages] = summary[:pages]
+                for before, now in zip(by_page, (layer.summary, layer.unit_bias), strict=True):
+                    if before is not None and now is not None:
+                        pages = min(before.shape[0], now.shape[0])  # both cover every page that is held
+                        now[:pages] = before[:pages]
             self.full[i] = layer
 
     def _pages_to_cover(self) -> int:
@@ -293,8 +296,9 @@ class KVCache:
         self.store.copy_page(source, target)
         self._cover_pages(target + 1)
         for layer in self.full.values():
-            if layer.summary is not None:
-                layer.summary[target] = layer.summary[source]
+            for by_page in (layer.summary, layer.unit_bias):
+                if by_page is not None:
+                    by_page[target] = by_page[source]
 
     def _write_table(self, rows: Sequence[int]) -> None:
         for row in rows:

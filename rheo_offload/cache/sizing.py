@@ -80,6 +80,8 @@ def plan_memory(
     dtype: torch.dtype,
     workspace_bytes: int = 0,
     capacity_blocks: int | None = None,
+    has_bias: bool = False,
+    bias_units: int = 0,
 ) -> MemoryPlan:
     """Add up the memory of a cache.
 
@@ -95,9 +97,11 @@ def plan_memory(
         dtype: of keys and values.
         workspace_bytes: estimate of `prefill_workspace_bytes`.
         capacity_blocks: slots per (row, KV head); the floor when None.
+        has_bias: whether a bias per token travels with every block.
+        bias_units: parts of a block whose mean bias (fp32) is kept on the device.
     """
     capacity = capacity_blocks or capacity_floor(block_budget, max_blocks, capacity_ratio)
-    page = PageLayout.of(specs, block_size, dtype)
+    page = PageLayout.of(specs, block_size, dtype, has_bias=has_bias)
     full = [s for s in specs if not s.is_sliding]
     sliding = [s for s in specs if s.window is not None]
     per_slot = sum(s.num_kv_heads * page.blocks[s.layer_idx].block_bytes for s in full) * rows
@@ -114,7 +118,10 @@ def plan_memory(
         ring_bytes=sum(
             rows * ring_tokens(s.window or 0, block_size) * token_bytes[s.layer_idx] for s in sliding
         ),
-        summary_bytes=sum(pages * s.num_kv_heads * summary_width * s.head_dim * dtype.itemsize for s in full),
+        summary_bytes=sum(
+            pages * s.num_kv_heads * (summary_width * s.head_dim * dtype.itemsize + 4 * bias_units)
+            for s in full
+        ),
         # slot_of, heat per (row, head, block); block_in, last_used per slot
         table_bytes=heads * rows * (8 * max_blocks + 8 * capacity) + 4 * rows * max_blocks,
         staging_bytes=max((s.num_kv_heads * page.blocks[s.layer_idx].block_bytes for s in full), default=0)

@@ -21,6 +21,7 @@ from rheo_offload.execution.executor import STAGE_BLOCKS, STAGE_BYTES
 from rheo_offload.model.loader import DTYPES, PACKAGED_MODEL, prepare_packaged_model
 from rheo_offload.model.offload import DEVICE_RESERVE_BYTES
 from rheo_offload.model.specs import config_problems, layer_specs, max_positions, text_config
+from rheo_offload.selection.learned_bias import bias_sizes
 from rheo_offload.selection.policy import make_selector
 from rheo_offload.types import LayerSpec
 
@@ -61,11 +62,13 @@ class Planner:
         """Return what a batch of that many rows of that many tokens takes; the pool grows as configured."""
         config, size = self.config, self.config.cache.block_size
         selector = make_selector(config.selection.method, config.selection.params, block_size=size)
+        has_bias, bias_units = bias_sizes(selector, size)
         budget = int(config.selection.token_budget)
         max_blocks = -(-context_len_tokens // size)
         full = [s for s in self.specs if not s.is_sliding]
         block_bytes = max(
-            (s.num_kv_heads * BlockLayout(size, s.head_dim, self.dtype).block_bytes for s in full), default=1
+            (s.num_kv_heads * BlockLayout(size, s.head_dim, self.dtype, has_bias).block_bytes for s in full),
+            default=1,
         )
 
         def planned(capacity_blocks: int) -> MemoryPlan:
@@ -81,6 +84,8 @@ class Planner:
                 dtype=self.dtype,
                 workspace_bytes=self.workspace_bytes,
                 capacity_blocks=capacity_blocks,
+                has_bias=has_bias,
+                bias_units=bias_units,
             )
 
         memory = planned(self._capacity(budget // size, max_blocks, planned))

@@ -13,7 +13,9 @@ from typing import TYPE_CHECKING
 import torch
 
 from rheo_offload.cache.device_pool import FullLayer, SlidingLayer
+from rheo_offload.execution import token_bias
 from rheo_offload.execution.dense_rounds import attend_everything
+from rheo_offload.selection.learned_bias import LearnedBias, keeps_heat
 from rheo_offload.types import AttentionCall
 
 if TYPE_CHECKING:
@@ -44,11 +46,17 @@ def decode_full(ex: "Executor", layer: FullLayer, call: AttentionCall) -> torch.
             call.k[:, :, 0], call.v[:, :, 0], now.lens, now.host_table,
             layer.k_host, layer.v_host, layer.k_pool, layer.v_pool,
             *tables, layer.summary, ws.load_count,
-            sink_blocks=cache.sink_blocks, summary_kind=layer.summary_kind,
+            sink_blocks=cache.sink_blocks, summary_kind=layer.summary_kind, **token_bias.for_append(layer, call),
         )  # fmt: skip
     if ex.is_streamed(layer):
         return attend_everything(ex, layer, call, rows, purpose="streamed")[0]
 
+    if isinstance(selector, LearnedBias):
+        with ex.region("rank"):
+            ops.rank_bias(
+                now.lens, now.host_table, layer.slot_of, layer.bias_pool, layer.unit_bias, layer.heat,
+                block_size=cache.block_size, pooling=selector.pooling,
+            )  # fmt: skip
     if selector.score_kind == "given":
         with ex.region("score"):
             selector.score(
@@ -57,7 +65,7 @@ def decode_full(ex: "Executor", layer: FullLayer, call: AttentionCall) -> torch.
             )  # fmt: skip
     with ex.region("decide"):
         ops.decide(
-            q, layer.summary, layer.heat if selector.query_aware else None, now.lens, now.host_table,
+            q, layer.summary, layer.heat if keeps_heat(selector) else None, now.lens, now.host_table,
             *tables, ws.logits, ws.arrivals, ws.block_scores if selector.query_aware else None,
             ws.selected_blocks, ws.num_selected, ws.hit_slots, ws.miss_slots,
             ws.load_src, ws.load_dst, ws.load_at, ws.load_count, layer.counters,
@@ -70,6 +78,7 @@ def decode_full(ex: "Executor", layer: FullLayer, call: AttentionCall) -> torch.
         ex.observer.note(layer, ws)
 
     logits = dict(softmax_scale=call.softmax_scale, soft_cap=call.soft_cap, window=None)
+    logits |= token_bias.for_logits(call, layer.bias_pool)
     pool, parts = (layer.k_pool, layer.v_pool, ws.selected_blocks), (ws.out_parts, ws.lse_parts)
     loads = (ws.load_src, ws.load_dst, ws.load_at, ws.load_count)
     blocks = (layer.host_blocks, layer.pool_blocks, layer.traffic_of("loaded"))
@@ -106,7 +115,7 @@ def _audit(ex: "Executor", layer: FullLayer, call: AttentionCall, lse: torch.Ten
     """Attend to everything for one row, and note what share of it the selection captured."""
     row = ex.audit.row(layer.rows)
     alone = ex.cache.full[layer.spec.layer_idx].view(row)
-    everything = replace(call, q=call.q[row], k=call.k[row], v=call.v[row])
+    everything = replace(call, q=call.q[row], k=call.k[row], v=call.v[row])  # the bias is read from the cache
     ex.audit.record(alone, lse[row], attend_everything(ex, alone, everything, row, purpose="audited")[1])
 
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from rheo_offload.cache.device_pool import FullLayer
+from rheo_offload.execution.token_bias import for_logits
 from rheo_offload.types import AttentionCall
 
 if TYPE_CHECKING:
@@ -35,6 +36,7 @@ def attend_everything(
     now = ex.cache.tables(rows)
     q = call.q[:, :, 0]
     k, v = layer.layout.split(ws.staging.flatten(0, 2))
+    bias = for_logits(call, layer.layout.bias(ws.staging.flatten(0, 2)))
     for part, first in enumerate(ws.firsts):
         ops.stage(
             first, now.lens, now.host_table, layer.slot_of, layer.host_blocks, layer.pool_blocks,
@@ -44,7 +46,7 @@ def attend_everything(
         ops.attend(
             q, k, v, ws.block_ids[part], ws.slots, now.lens,
             ws.out_parts[part : part + 1], ws.lse_parts[part : part + 1],
-            softmax_scale=call.softmax_scale, soft_cap=call.soft_cap, window=None,
+            softmax_scale=call.softmax_scale, soft_cap=call.soft_cap, window=None, **bias,
         )  # fmt: skip
     out = torch.empty_like(q, memory_format=torch.contiguous_format)
     lse = torch.empty(q.shape[:2], dtype=torch.float32, device=q.device)

@@ -12,8 +12,10 @@ import torch
 
 from rheo_offload.cache import residency
 from rheo_offload.cache.device_pool import FullLayer, SlidingLayer
+from rheo_offload.execution import token_bias
 from rheo_offload.execution.workspace import SelectionLists
 from rheo_offload.selection.base import normalised
+from rheo_offload.selection.learned_bias import LearnedBias, keeps_heat
 from rheo_offload.types import AttentionCall
 
 if TYPE_CHECKING:
@@ -62,13 +64,15 @@ def prefill_full(ex: "Executor", layer: FullLayer, call: AttentionCall, chunk: C
     if longest:
         staging = ex.staging(layer, len(chunk.before))
         k, v = layer.layout.split(staging)
+        bias = layer.layout.bias(staging)
         for first in range(0, longest, staging.shape[2]):
             ops.stage(
                 first, chunk.history, table, slot_of, layer.host_blocks, layer.pool_blocks,
                 staging, layer.traffic_of("prefill"), block_size=size,
             )  # fmt: skip
             tokens = (chunk.history - first * size).clamp(0, staging.shape[2] * size)
-            _fold(ops, call, k, v, chunk.start, torch.full_like(chunk.start, first * size), tokens, partial)
+            key_start = torch.full_like(chunk.start, first * size)
+            _fold(ops, call, k, v, chunk.start, key_start, tokens, partial, bias=bias)
     _fold_chunk(ops, call, chunk.start, partial)
     for b, row in enumerate(range(chunk.rows.start, chunk.rows.stop)):
         # Only blocks that begin in this chunk: a slot for an older one would miss the tokens it already has.
@@ -79,6 +83,7 @@ def prefill_full(ex: "Executor", layer: FullLayer, call: AttentionCall, chunk: C
         call.k, call.v, chunk.start, table,
         layer.k_host, layer.v_host, layer.k_pool, layer.v_pool, slot_of,
     )  # fmt: skip
+    token_bias.append_chunk(ops, layer, call, chunk, table)
     if layer.summary_kind != "none":
         ops.summarize_chunk(
             call.k, chunk.start, table, layer.k_host, layer.summary, summary_kind=layer.summary_kind
@@ -126,7 +131,7 @@ def warm(ex: "Executor", rows: slice) -> None:
         if ex.is_streamed(layer) or room < policy.sink_blocks + policy.recent_blocks:
             continue
         ws = SelectionLists(layer.rows, layer.spec.num_kv_heads, room, layer.device)
-        hot = room - policy.sink_blocks - policy.recent_blocks if selector.query_aware else 0
+        hot = room - policy.sink_blocks - policy.recent_blocks if keeps_heat(selector) else 0
         ops.select(
             None, layer.heat if hot else None, lens, ws.selected_blocks, ws.num_selected,
             block_size=cache.block_size, sink_blocks=policy.sink_blocks, recent_blocks=policy.recent_blocks,
@@ -148,6 +153,9 @@ def warm(ex: "Executor", rows: slice) -> None:
 def _start_heat(ex: "Executor", layer: FullLayer, call: AttentionCall, chunk: Chunk) -> None:
     """Set the heat from the chunk's last queries, folded into the group so that one call averages them."""
     selector, cache = ex.selector_of(layer), ex.cache
+    if isinstance(selector, LearnedBias):
+        token_bias.rank_prompt(selector, layer, chunk, cache.host_table[chunk.rows])
+        return
     if not selector.query_aware or ex.is_streamed(layer):
         return
     q = call.q[:, :, -HEAT_QUERIES:]
@@ -171,7 +179,8 @@ def _fold_chunk(
 ) -> None:
     """Fold in the chunk's own keys."""
     length = torch.full_like(start, call.k.shape[2])
-    _fold(ops, call, call.k[:, :, None], call.v[:, :, None], start, start, length, partial, window)
+    bias = None if call.bias is None else call.bias[:, :, None]
+    _fold(ops, call, call.k[:, :, None], call.v[:, :, None], start, start, length, partial, window, bias)
 
 
 def _fold(
@@ -184,11 +193,13 @@ def _fold(
     key_len: torch.Tensor,
     partial: Partial,
     window: int | None = None,
+    bias: torch.Tensor | None = None,
 ) -> None:
-    """Fold one key segment [B, Hkv, M, C, D] into the partial."""
+    """Fold one key segment [B, Hkv, M, C, D], its bias [B, Hkv, M, C], into the partial."""
     ops.prefill_attention(
         call.q, k, v, query_start, key_start, key_len, *partial,
         softmax_scale=call.softmax_scale, soft_cap=call.soft_cap, window=window,
+        **token_bias.for_logits(call, bias, "bias"),
     )  # fmt: skip
 
 

@@ -12,6 +12,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from rheo_offload.errors import CacheError, UnsupportedModelError
 from rheo_offload.execution.prefill import dense_attention
 from rheo_offload.model.hf_cache import TAG
+from rheo_offload.model.learned_heads import fill_bias
 from rheo_offload.model.padding import left_padding
 from rheo_offload.ops import kernels_for
 from rheo_offload.types import AttentionCall
@@ -110,6 +111,7 @@ def rheo_attention(
     _refuse(module, query, attention_mask, dropout, other)
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     call = AttentionCall(query, key, value, scale, softcap, s_aux)
+    fill_bias(module, call)
     source = getattr(key, TAG, None)
     if source is not None:
         cache, layer_idx = source

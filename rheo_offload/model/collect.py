@@ -26,7 +26,7 @@ def collect_stats(cache: RheoCache, specs: Sequence[LayerSpec]) -> Stats:
     gaps = np.array(clock.gaps) * 1e3
     seconds = clock.last - clock.first if clock.first is not None else 0.0
     token_bytes = sum(2 * s.num_kv_heads * s.head_dim for s in specs) * kv.dtype.itemsize
-    offloaded = sum(2 * s.num_kv_heads * s.head_dim for s in specs if not s.is_sliding) * kv.dtype.itemsize
+    offloaded = sum(x.spec.num_kv_heads * x.layout.block_bytes for x in kv.full.values()) // kv.block_size
     return Stats(
         prompt_tokens=clock.prompt_tokens,
         new_tokens=clock.generated,

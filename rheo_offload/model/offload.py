@@ -27,9 +27,12 @@ from rheo_offload.model.collect import collect_stats
 from rheo_offload.model.fused import FusedReport, fuse_as_configured, unfuse
 from rheo_offload.model.generation import rheo_generate
 from rheo_offload.model.hf_cache import RheoCache
+from rheo_offload.model.learned_heads import BiasHead, attach_heads, detach_heads, load_heads
 from rheo_offload.model.prefill import prefill_rows
 from rheo_offload.model.self_test import self_test
 from rheo_offload.model.specs import config_problems, layer_specs, max_positions, text_config
+from rheo_offload.ops import kernels_for
+from rheo_offload.selection.learned_bias import LearnedBias, bias_sizes
 from rheo_offload.selection.policy import METHODS, make_policy, make_selector
 
 logger = logging.getLogger("rheo_offload")
@@ -62,6 +65,10 @@ class RheoHandle:
             )
         selection, size = config.selection, config.cache.block_size
         self._selector = make_selector(selection.method, selection.params, block_size=size)
+        self._heads: dict[int, BiasHead] = {}
+        if isinstance(self._selector, LearnedBias):
+            kind = text_config(model.config).model_type
+            self._heads = load_heads(self._selector.weights, model, self.specs, model_type=kind)
 
     @property
     def model(self) -> PreTrainedModel:
@@ -70,6 +77,12 @@ class RheoHandle:
         if model is None:
             raise CacheError("the model is gone")
         return model
+
+    def attach_heads(self) -> None:
+        """Give the model's attention modules the learned heads of the method, where it has any."""
+        if isinstance(self._selector, LearnedBias):
+            ops = kernels_for(next(self.model.parameters()).device, self.config.execution.kernels)
+            attach_heads(self.model, self._heads, self._selector, ops.token_bias)
 
     # ---- caches ----------------------------------------------------------------------------------------------------
 
@@ -166,7 +179,8 @@ class RheoHandle:
             query_agnostic_share=config.selection.query_agnostic_share,
             heat_decay=config.selection.heat_decay,
         )
-        page = PageLayout.of(self.specs, size, dtype)
+        has_bias, bias_units = bias_sizes(selector, size)
+        page = PageLayout.of(self.specs, size, dtype, has_bias=has_bias)
         store = self._open_store(page, config, is_cuda(device))
         summaries = {}
         for spec in self.specs:
@@ -190,6 +204,7 @@ class RheoHandle:
                 summaries=summaries,
                 dtype=dtype,
                 device=device,
+                bias_units={i: bias_units for i in self._heads if i not in config.selection.dense_layers},
             )
 
         floor = capacity_floor(block_budget, max_blocks, 1.0)
@@ -224,6 +239,7 @@ class RheoHandle:
         `reclaimed_bytes` of the device are in use now and will be given back before the pool is allocated.
         """
         text = text_config(self.model.config)
+        has_bias, bias_units = bias_sizes(self._selector, config.cache.block_size)
         plan = plan_memory(
             self.specs,
             rows=rows,
@@ -241,6 +257,8 @@ class RheoHandle:
                 intermediate_size=getattr(text, "intermediate_size", None) or 4 * text.hidden_size,
                 itemsize=dtype.itemsize,
             ),
+            has_bias=has_bias,
+            bias_units=bias_units,
         )
         memory = config.cache.device_memory
         if memory == "floor" or plan.pool_bytes_per_capacity == 0:
@@ -324,6 +342,7 @@ def offload(
         handle.fused = fuse_as_configured(model, config.execution.fused)
         if check:
             self_test(model, handle.specs)
+        handle.attach_heads()
     except BaseException:
         unfuse(model)
         model.set_attn_implementation(original)
@@ -344,6 +363,7 @@ def restore(model: PreTrainedModel) -> PreTrainedModel:
         return model
     model.__dict__.pop("generate", None)
     handle.close()
+    detach_heads(model)
     unfuse(model)
     model.set_attn_implementation(handle.original_attention)
     return model

@@ -8,17 +8,20 @@ from typing import Any
 from rheo_offload.errors import ConfigError
 from rheo_offload.selection.arkvale import ArkVale
 from rheo_offload.selection.base import Selector
+from rheo_offload.selection.dma import DMA
 from rheo_offload.selection.full import Full
 from rheo_offload.selection.infllm_v2 import InfLLMV2
+from rheo_offload.selection.learned_bias import keeps_heat
 from rheo_offload.selection.lserve import LServe
 from rheo_offload.selection.mean_key import MeanKey
 from rheo_offload.selection.moba import MoBA
+from rheo_offload.selection.nosa import NOSA
 from rheo_offload.selection.quest import Quest
 from rheo_offload.selection.streaming import Streaming
 from rheo_offload.types import Policy
 
 METHODS: dict[str, type[Selector]] = {
-    m.name: m for m in (ArkVale, Full, InfLLMV2, LServe, MeanKey, MoBA, Quest, Streaming)
+    m.name: m for m in (ArkVale, DMA, Full, InfLLMV2, LServe, MeanKey, MoBA, NOSA, Quest, Streaming)
 }
 
 
@@ -59,12 +62,13 @@ def make_policy(
 ) -> Policy:
     """Split a budget into forced, query-aware and query-agnostic blocks.
 
-    The share is of what the forced blocks leave. A method that does not score gives that part to the recent blocks.
+    The share is of what the forced blocks leave. A method that does not score gives all of it to the blocks that rank
+    highest without a query, and without such a rank to the recent blocks.
     """
     rest = block_budget - sink_blocks - recent_blocks
-    if not selector.query_aware:
+    if not keeps_heat(selector):
         recent_blocks, rest = recent_blocks + rest, 0
-    agnostic = round(rest * query_agnostic_share)
+    agnostic = round(rest * query_agnostic_share) if selector.query_aware else rest
     return Policy(
         block_budget=block_budget,
         sink_blocks=sink_blocks,

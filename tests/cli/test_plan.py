@@ -61,6 +61,22 @@ def test_the_sums_are_those_of_the_shapes(config_json: Path, capsys):
     assert record["device_bytes"] == sum(record[f"{part}_bytes"] for part in parts)
 
 
+def test_a_bias_per_token_is_counted(config_json: Path, capsys):
+    """64 numbers behind K and V of every block, on both sides; their means of 16 tokens (fp32) on the device."""
+    flags = ["--context", 65536, "--device-total", "8GiB", "cache.device_memory=floor"]
+    records = [
+        plan(capsys, config_json, *flags, f"selection.method={method}")[1]
+        for method in ("infllm_v2", "nosa", "dma")
+    ]
+    plain, nosa, dma = records
+    heads, pages = 4 * 2, 1024 + 1
+    for record, units in ((nosa, 4), (dma, 64)):
+        assert record["pool_bytes"] - plain["pool_bytes"] == heads * 96 * 64 * 2
+        assert record["host_bytes"] - plain["host_bytes"] == heads * pages * 64 * 2
+        keys = plain["summary_bytes"] if record is nosa else 0
+        assert record["summary_bytes"] == keys + heads * pages * units * 4
+
+
 def test_a_directory_and_its_config_json_are_the_same(config_json: Path, capsys):
     flags = ["--context", 4096, "--device-total", "8GiB", "cache.host_memory=1GiB"]
     assert plan(capsys, config_json.parent, *flags)[1] | {"model": ""} == plan(capsys, config_json, *flags)[

@@ -52,12 +52,25 @@ class Pools:
         return self._part(self.host_blocks, 1)
 
     @property
+    def bias_host(self) -> Tensor:
+        """The first numbers behind K and V, one a token: needs a trailer of at least `block_size`."""
+        return self._trailer(self.host_blocks)
+
+    @property
+    def bias_pool(self) -> Tensor:
+        return self._trailer(self.pool)
+
+    @property
     def k_pool(self) -> Tensor:
         return self._part(self.pool, 0)
 
     @property
     def v_pool(self) -> Tensor:
         return self._part(self.pool, 1)
+
+    def _trailer(self, blocks: Tensor) -> Tensor:
+        first = 2 * self.block_size * self.head_dim
+        return blocks[..., first : first + self.block_size]
 
     def _part(self, blocks: Tensor, which: int) -> Tensor:
         size = self.block_size * self.head_dim

@@ -25,6 +25,27 @@ CASES = {
     "evicted-and-full": (1, 80, 16, [79], torch.float32, "minmax", 2, {"tail_resident": False, "slots": 2}),
     "no-candidate": (1, 64, 8, [9, 16], torch.float32, "mean", 1, {"slots": 1, "tail_resident": False}),
     "real-size": (2, 128, 64, [128, 191], torch.bfloat16, "mean", 4, {"tail_resident": False}),
+    "bias": (2, 64, 16, [9, 0, 17, 32], torch.float32, "mean", 1, {"trailer": 16}),
+    "bias-tail-was-evicted": (
+        2,
+        80,
+        16,
+        [31, 40, 6],
+        torch.bfloat16,
+        "none",
+        0,
+        {"tail_resident": False, "trailer": 16},
+    ),
+    "bias-fp16": (
+        1,
+        64,
+        16,
+        [63],
+        torch.float16,
+        "mean",
+        1,
+        {"tail_resident": False, "slots": 2, "trailer": 24},
+    ),
     "one-head-wide": (1, 256, 16, [32], torch.bfloat16, "mean", 1, {}),
 }
 
@@ -35,27 +56,30 @@ def build(case: str):
     # q, k and v of a fused projection: strided over rows and heads
     k_new, v_new = torch.randn(len(seq_lens), heads, 2, dim).to(dtype).unbind(2)
     summary = poison(len(pools.host), heads, width, dim, dtype=dtype, device="cpu") if width else None
-    return pools, k_new, v_new, summary, kind
+    bias_new = torch.randn(2, heads, len(seq_lens)).to(dtype)[1].T if options.get("trailer") else None
+    return pools, k_new, v_new, summary, kind, bias_new
 
 
-def run(op, p, k_new, v_new, summary, load_count, kind):
+def run(op, p, k_new, v_new, summary, load_count, kind, bias_new=None):
+    bias = {} if bias_new is None else dict(bias_new=bias_new, bias_host=p.bias_host, bias_pool=p.bias_pool)
     op(
         k_new, v_new, p.seq_lens, p.host_table, p.k_host, p.v_host, p.k_pool, p.v_pool, p.slot_of, p.block_in,
-        p.last_used, p.slot_base, p.slot_count, p.step, summary, load_count, sink_blocks=1, summary_kind=kind,
+        p.last_used, p.slot_base, p.slot_count, p.step, summary, load_count, sink_blocks=1, summary_kind=kind, **bias,
     )  # fmt: skip
 
 
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize(("op", "device"), homes("append"))
 def test_append(op, device, case):
-    pools, k_new, v_new, summary, kind = build(case)
+    pools, k_new, v_new, summary, kind, bias_new = build(case)
 
     def outcome(op, device, dtype=None):
         p = pools.copy(device, dtype)
         new = [t.to(device, dtype or t.dtype) for t in (k_new, v_new)]
         s = None if summary is None else summary.to(device, dtype or summary.dtype, copy=True)
         count = torch.full((1,), 5, dtype=torch.int32, device=device)
-        run(op, p, *new, s, count, kind)
+        bias = None if bias_new is None else bias_new.to(device, dtype or bias_new.dtype)
+        run(op, p, *new, s, count, kind, bias)
         assert count.item() == 0
         return p, s
 
@@ -63,8 +87,20 @@ def test_append(op, device, case):
     _, truth = outcome(reference, "cpu", torch.float64)
     got, got_summary = outcome(op, device)
     assert_same(got, expected)
+    if bias_new is not None:
+        assert_bias_kept(got, bias_new)
     if summary is not None:
         assert_close_where_written(got_summary, truth, plain, k_new.dtype)
+
+
+def assert_bias_kept(p, bias_new):
+    """Every active row's new bias is on both sides, and what its tail block holds in the pool is what the host has."""
+    for b, seq_len in enumerate(p.seq_lens.tolist()):
+        block, offset = divmod(max(seq_len, 1) - 1, p.block_size)
+        for h in range(bias_new.shape[1] if seq_len else 0):
+            slot, page = int(p.slot_of[b, h, block]), int(p.host_table[b, block])
+            assert p.bias_host[page, h, offset] == bias_new[b, h]
+            assert torch.equal(p.bias_pool[slot, : offset + 1].cpu(), p.bias_host[page, h, : offset + 1])
 
 
 @pytest.mark.parametrize(("op", "device"), homes("append"))

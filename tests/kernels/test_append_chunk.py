@@ -20,6 +20,27 @@ CASES = {
 }
 
 
+@pytest.mark.parametrize(("op", "device"), homes("append_chunk"))
+def test_one_number_a_token(op, device):
+    """A bias per token behind K and V is stored as a value of one channel."""
+    pools = make_pools(2, 64, 16, [20, 41], slots=4, dtype=torch.bfloat16, trailer=16)
+    bias = torch.randn(2, 2, 11).to(torch.bfloat16)
+
+    def outcome(op, device):
+        p = pools.copy(device)
+        first = torch.tensor([9, 30], dtype=torch.int32, device=device)
+        new, host, pool = (
+            t.to(device)[..., None] if t is bias else t[..., None] for t in (bias, p.bias_host, p.bias_pool)
+        )
+        op(new, new, first, p.host_table, host, host, pool, pool, p.slot_of)
+        return p
+
+    got = outcome(op, device)
+    assert_same(got, outcome(reference, "cpu"))
+    assert torch.equal(got.bias_host[int(pools.host_table[0, 0]), :, 9:], bias[0, :, :7])
+    assert torch.equal(got.k_pool.cpu().nan_to_num(7.0), pools.k_pool.nan_to_num(7.0))
+
+
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize(("op", "device"), homes("append_chunk"))
 def test_append_chunk(op, device, case):

@@ -75,6 +75,45 @@ def test_matches_reference(fn, device, case):
     check(fn, device, args, T, dtype, softmax_scale=D**-0.5, soft_cap=soft_cap, window=window)
 
 
+BIASED = ["block-and-token", "ragged-splits", "small-blocks", "soft-cap", "window", "bf16", "fp16"]
+
+
+def bias_of(k, dtype):
+    """A bias [L, C] of every token there is, NaN elsewhere; strided over slots, as a trailer is."""
+    bias = (2 * torch.randn(k.shape[:2])).to(dtype).masked_fill(k[..., 0].isnan(), torch.nan)
+    return torch.cat([bias, bias], 1)[:, : k.shape[1]]
+
+
+@pytest.mark.parametrize("case", BIASED)
+@pytest.mark.parametrize(("fn", "device"), homes("attend"))
+def test_bias(fn, device, case):
+    """A number per token is added to the logits."""
+    B, Hkv, G, D, C, S, T, seq_lens, dtype, soft_cap, window = CASES[case]
+    args = inputs(B, Hkv, G, D, C, S, seq_lens, dtype)
+    bias = bias_of(args[1], dtype)
+    kw = {"softmax_scale": D**-0.5, "soft_cap": soft_cap, "window": window, "bias_scale": 0.7}
+    wide = [a.double() if a.is_floating_point() else a for a in args]
+    truth = run(reference, "cpu", wide, T, bias_pool=bias.double(), **kw)
+    plain = run(reference, "cpu", args, T, bias_pool=bias, **kw)
+    for got, exact, same in zip(
+        run(fn, device, args, T, bias_pool=bias.to(device), **kw), truth, plain, strict=True
+    ):
+        assert_close(got, exact, same, dtype)
+
+
+def test_bias_is_one_more_channel():
+    """The bias of a token acts as a key channel that every query sees as `bias_scale / softmax_scale`."""
+    q, k, v, ids, slots, lens = inputs(1, 2, 3, 64, 16, 3, [41], torch.float64)
+    bias, scale = bias_of(k, torch.float64), 0.2
+    kw = {"softmax_scale": scale, "soft_cap": None, "window": None}
+    got = run(reference, "cpu", [q, k, v, ids, slots, lens], 1, bias_pool=bias, bias_scale=0.5, **kw)
+    longer_q = torch.cat([q, torch.full_like(q[..., :1], 0.5 / scale)], -1)
+    longer_k, longer_v = torch.cat([k, bias[..., None]], -1), torch.cat([v, bias[..., None]], -1)
+    out, lse = run(reference, "cpu", [longer_q, longer_k, longer_v, ids, slots, lens], 1, **kw)
+    assert_close(got[0], out[..., :-1], None, torch.float64)
+    assert_close(got[1], lse, None, torch.float64)
+
+
 @pytest.mark.parametrize(("fn", "device"), homes("attend"))
 def test_nothing_present(fn, device):
     """Blocks are selected but none has a slot: zeros and -inf in every split."""

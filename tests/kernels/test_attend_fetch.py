@@ -9,7 +9,7 @@ from csrc_free_kernels.reference.attend import attend as reference_attend
 from csrc_free_kernels.reference.merge import merge as reference_merge
 from tests.helpers.homes import DEVICE, poison
 from tests.helpers.tolerance import assert_close
-from tests.kernels.test_attend import inputs
+from tests.kernels.test_attend import bias_of, inputs
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 
@@ -25,6 +25,8 @@ CASES = {
     "blocks-beyond-registers": (1, 2, 256, 64, 4, 1, 4, [200], FP32, None, False, 0.9),
     "bf16": (2, 8, 128, 64, 3, 2, 3, [190, 65], BF16, None, True, 0.6),
     "bf16-wide-head": (1, 4, 256, 16, 4, 1, 2, [63], BF16, None, False, 0.5),
+    "bias": (2, 4, 64, 16, 7, 3, 4, [100, 0, 33], FP32, None, True, 0.7),
+    "bias-bf16": (2, 8, 128, 64, 3, 2, 3, [190, 65], BF16, 30.0, False, 0.6),
     "fp16-wide-group": (1, 20, 64, 16, 4, 2, 4, [50], FP16, 5.0, False, 0.5),
 }
 
@@ -43,10 +45,14 @@ class World:
             len(seq_lens), heads, group, dim, size, width, seq_lens, dtype, absent=0
         )
         miss = (torch.rand(self.slots.shape) < missing) & (self.slots >= 0)
-        self.whole = torch.stack([k, v], 1)  # [L, 2, C, D], everything resident
+        self.block = (size, dim)
+        self.whole = torch.cat([k.flatten(1), v.flatten(1)], 1)  # [L, E], everything resident
+        if case.startswith("bias"):
+            self.whole = torch.cat([self.whole, bias_of(k, dtype)], 1)
         self.hits, self.late = self.slots.masked_fill(miss, -1), self.slots.masked_fill(~miss, -1)
         self.sinks = torch.randn(heads * group).to(dtype) if sink else None
         self.kw = {"softmax_scale": dim**-0.5, "soft_cap": cap, "window": None}
+        self.kw |= {"bias_scale": 0.7} if case.startswith("bias") else {}
         self.pool = self.whole.clone()
         self._list_loads(miss.nonzero(), width)
 
@@ -70,6 +76,12 @@ class World:
             for part, value in zip(self.lists, entry, strict=True):
                 part[i] = value
 
+    def parts_of(self, pool):
+        """Keys and values of a pool [L, E], and what more attention takes."""
+        cells = self.block[0] * self.block[1]
+        k, v = (pool[:, i * cells : (i + 1) * cells].unflatten(1, self.block) for i in (0, 1))
+        return k, v, self.kw | ({"bias_pool": pool[:, 2 * cells :]} if "bias_scale" in self.kw else {})
+
     def run(self, home, device, *, wide=False):
         """Returns out, lse and the pool after `attend_fetch` and `merge` of a home."""
 
@@ -84,10 +96,11 @@ class World:
         out = poison(*self.q.shape, dtype=torch.float64 if wide else self.q.dtype, device=device)
         lse = poison(*self.q.shape[:2], dtype=accumulated, device=device)
         total = torch.full((1,), 2**33, dtype=torch.int64, device=device)
+        k, v, kw = self.parts_of(pool)
         op_of(home, "attend_fetch")(
-            move(self.q), *pool.unbind(1), move(self.ids), move(self.hits), late, move(self.lens),
-            *(move(t) for t in self.lists), move(self.count), host.flatten(2), pool.flatten(1), total,
-            self.splits, parts, lses, **self.kw,
+            move(self.q), k, v, move(self.ids), move(self.hits), late, move(self.lens),
+            *(move(t) for t in self.lists), move(self.count), host, pool, total,
+            self.splits, parts, lses, **kw,
         )  # fmt: skip
         sinks = None if self.sinks is None else move(self.sinks)
         op_of(home, "merge")(parts, lses, sinks, out, lse, splits=self.splits, late_slots=late)
@@ -99,7 +112,8 @@ class World:
         q, whole = self.q.double(), self.whole.double()
         out, lse = torch.empty_like(q), torch.empty(q.shape[:2], dtype=torch.float64)
         parts, lses = torch.empty(1, *q.shape).double(), torch.empty(1, *q.shape[:2]).double()
-        reference_attend(q, *whole.unbind(1), self.ids, self.slots, self.lens, parts, lses, **self.kw)
+        k, v, kw = self.parts_of(whole)
+        reference_attend(q, k, v, self.ids, self.slots, self.lens, parts, lses, **kw)
         reference_merge(parts, lses, None if self.sinks is None else self.sinks.double(), out, lse)
         return out, lse
 

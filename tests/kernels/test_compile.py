@@ -38,7 +38,7 @@ def ints(*shape):
 class World:
     """The tensors of one layer, named as in the contracts: 4 rows, 2 KV heads, N blocks of 64 tokens."""
 
-    def __init__(self, D=128, G=4, dtype=BF16, W=4, N=512):
+    def __init__(self, D=128, G=4, dtype=BF16, W=4, N=512, bias=False):
         B, H, C, S, P, L = 4, 2, 64, 64, 2048, 1024
         self.q, self.k_new, self.chunk = (
             empty(B, H * G, D, dtype=dtype),
@@ -58,6 +58,15 @@ class World:
         self.k_pool, self.v_pool = self.pool_blocks.view(L, 2, C, D).unbind(1)
         self.k_host, self.v_host = self.host_blocks.view(P, H, 2, C, D).unbind(2)
         self.k_staged, self.v_staged = self.staging.view(B, H, 32, 2, C, D).unbind(3)
+        # the trailer of a block: strided over blocks
+        self.bias_new, self.bias_chunk = empty(B, H, dtype=dtype), empty(B, H, 512, dtype=dtype)
+        self.logit_bias = {}
+        self.bias_pool = empty(L, 2 * C * D + C, dtype=dtype)[:, -C:]
+        if bias:
+            self.logit_bias["bias_pool"] = self.bias_pool
+        self.bias_host = empty(P, H, 2 * C * D + C, dtype=dtype)[..., -C:]
+        self.bias_staged = empty(B, H, 32, 2 * C * D + C, dtype=dtype)[..., -C:]
+        self.bias_weight, self.bias_scale = empty(H, H * D, dtype=dtype), empty(H, dtype=FP32)
         self.summary = empty(P, H, W, D, dtype=dtype)
         self.rows, self.step, self.load_count = ints(B), ints(1), ints(1)
         self.host_table, self.slot_of = ints(B, N), ints(B, H, N)
@@ -77,23 +86,44 @@ class World:
 
     def attend(self, **kw):
         ids = (self.selected, self.slots, self.rows)
-        return (self.q, self.k_pool, self.v_pool, *ids, self.parts, self.lse_parts), PLAIN | kw
+        return (
+            self.q,
+            self.k_pool,
+            self.v_pool,
+            *ids,
+            self.parts,
+            self.lse_parts,
+        ), PLAIN | self.logit_bias | kw
 
     def merge(self):
         late = {"splits": 5, "late_slots": self.slots}
         return (self.parts, self.lse_parts, self.q[0, :, 0], self.q, self.lse_parts[0]), late
 
-    def prefill_attention(self, *, staged=False, queries=512, **kw):
+    def prefill_attention(self, *, staged=False, queries=512, bias=None, **kw):
+        if bias:
+            kw["bias"] = self.bias_chunk[:, :, None] if bias == "chunk" else self.bias_staged
         kv = (self.k_staged, self.v_staged) if staged else (self.kv_chunk, self.kv_chunk)
         chunk = (x[:, :, :queries] for x in (self.chunk_out, self.chunk_lse))
         return (self.q_chunk[:, :, :queries], *kv, self.rows, self.rows, self.rows, *chunk), PLAIN | kw
 
-    def append(self, kind):
+    def append(self, kind, *, bias=False):
         tables = (self.slot_of, self.block_in, self.last_used, self.slot_base, self.slot_count, self.step)
         pools = (self.k_host, self.v_host, self.k_pool, self.v_pool)
         summary = None if kind == "none" else self.summary
         args = (self.k_new, self.k_new, self.rows, self.host_table, *pools, *tables, summary, self.load_count)
-        return args, {"sink_blocks": 1, "summary_kind": kind}
+        numbers = (
+            dict(bias_new=self.bias_new, bias_host=self.bias_host, bias_pool=self.bias_pool) if bias else {}
+        )
+        return args, {"sink_blocks": 1, "summary_kind": kind} | numbers
+
+    def append_numbers(self):
+        new, host, pool = (x[..., None] for x in (self.bias_chunk, self.bias_host, self.bias_pool))
+        return (new, new, self.rows, self.host_table, host, host, pool, pool, self.slot_of), {}
+
+    def summarize_numbers(self, width):
+        units = empty(*self.k_host.shape[:2], width, 1, dtype=FP32)
+        new, host = self.bias_chunk[..., None], self.bias_host[..., None]
+        return (new, self.rows, self.host_table, host, units), {"summary_kind": "mean"}
 
     def append_chunk(self):
         pools = (self.k_host, self.v_host, self.k_pool, self.v_pool)
@@ -101,6 +131,16 @@ class World:
 
     def summarize_chunk(self, kind):
         return (self.chunk, self.rows, self.host_table, self.k_host, self.summary), {"summary_kind": kind}
+
+    def token_bias(self, queries=1):
+        v, out = self.chunk[:, :, :queries], self.bias_chunk[:, :, :queries]
+        return (v, self.bias_weight, self.bias_new[0], self.bias_scale, out), {}
+
+    def rank_bias(self, pooling, width):
+        tables = (self.rows, self.host_table, self.slot_of)
+        units = empty(*self.k_host.shape[:2], width, dtype=FP32)
+        sizes = {"block_size": self.k_host.shape[2], "pooling": pooling}
+        return (*tables, self.bias_pool, units, self.heat), sizes
 
     def ring_append(self):
         return (self.chunk, self.chunk, self.rows, self.ring, self.ring), {}
@@ -155,7 +195,15 @@ class World:
         lists = (self.loads, self.loads, self.loads, self.load_count)
         blocks = (self.host_blocks, self.pool_blocks, self.total)
         selected = (self.k_pool, self.v_pool, self.selected, self.slots, self.slots, self.rows)
-        return (self.q, *selected, *lists, *blocks, 5, self.parts, self.lse_parts), PLAIN | kw
+        return (
+            self.q,
+            *selected,
+            *lists,
+            *blocks,
+            5,
+            self.parts,
+            self.lse_parts,
+        ), PLAIN | self.logit_bias | kw
 
     def rms_norm(self, H, ahead=""):
         x, weight = empty(4, H), empty(H)
@@ -186,6 +234,7 @@ CASES = {
         (80, 89, 90),
         True,
     ),
+    "attend-bias": ("attend", lambda: World(bias=True).attend(), (90,), True),
     "attend-fp32": ("attend", lambda: World(dtype=FP32).attend(), (90,), True),
     "merge": ("merge", lambda: World().merge(), (80, 90), False),
     "prefill": ("prefill_attention", lambda: World().prefill_attention(), (80, 89, 90), True),
@@ -196,6 +245,13 @@ CASES = {
         "prefill_attention",
         lambda: World(D=256).prefill_attention(window=512, soft_cap=50.0),
         (80, 89, 90),
+        True,
+    ),
+    "prefill-bias": ("prefill_attention", lambda: World().prefill_attention(bias="chunk"), (80, 90), True),
+    "prefill-staged-bias": (
+        "prefill_attention",
+        lambda: World().prefill_attention(staged=True, bias="staged"),
+        (90,),
         True,
     ),
     "prefill-fp32": ("prefill_attention", lambda: World(dtype=FP32).prefill_attention(), (90,), True),
@@ -209,8 +265,16 @@ CASES = {
     "append-mean": ("append", lambda: World().append("mean"), (80, 90), False),
     "append-minmax": ("append", lambda: World(W=2).append("minmax"), (90,), False),
     "append-minmax-pages": ("append", lambda: World(W=8).append("minmax"), (90,), False),
+    "append-bias": ("append", lambda: World().append("mean", bias=True), (80, 90), False),
+    "token_bias": ("token_bias", lambda: World().token_bias(), (80, 90), False),
+    "token_bias-chunk": ("token_bias", lambda: World().token_bias(512), (90,), False),
+    "rank_bias-windows": ("rank_bias", lambda: World().rank_bias("windows", 4), (80, 90), False),
+    "rank_bias-median": ("rank_bias", lambda: World().rank_bias("median", 64), (80, 90), False),
     "append-cuboid": ("append", lambda: World(W=2).append("cuboid"), (80, 90), False),
     "append_chunk": ("append_chunk", lambda: World().append_chunk(), (80, 90), True),
+    "append_chunk-bias": ("append_chunk", lambda: World().append_numbers(), (90,), False),
+    "summarize_chunk-bias": ("summarize_chunk", lambda: World().summarize_numbers(4), (90,), False),
+    "summarize_chunk-bias-tokens": ("summarize_chunk", lambda: World().summarize_numbers(64), (90,), False),
     "summarize_chunk-mean": ("summarize_chunk", lambda: World().summarize_chunk("mean"), (80, 90), False),
     "summarize_chunk-minmax": ("summarize_chunk", lambda: World(W=2).summarize_chunk("minmax"), (90,), False),
     "summarize_chunk-cuboid": (
@@ -275,6 +339,7 @@ CASES = {
         (89, 90),
         True,
     ),
+    "attend_fetch-bias": ("attend_fetch", lambda: World(bias=True).attend_fetch(), (90,), True),
     "attend_fetch-fp32": ("attend_fetch", lambda: World(dtype=FP32).attend_fetch(), (90,), True),
 }
 

@@ -61,6 +61,29 @@ def double(args):
     return [a.double() if a.is_floating_point() else a for a in args]
 
 
+BIASED = ["chunk", "left-padding", "history", "tiles", "window-blocked", "soft-cap", "bf16"]
+
+
+@pytest.mark.parametrize("case", BIASED)
+@pytest.mark.parametrize(("fn", "device"), homes("prefill_attention"))
+def test_bias(fn, device, case):
+    """A number per key is added to the logits; where keys do not exist it is NaN."""
+    D, dtype, soft_cap, window = CASES[case][2], *CASES[case][-3:]
+    args = inputs(case)
+    bias = (2 * torch.randn(args[1].shape[:-1])).to(dtype).masked_fill(args[1][..., 0].isnan(), torch.nan)
+    bias = torch.cat([bias, bias], -1)[..., : bias.shape[-1]]  # strided over blocks, as a trailer is
+    kw = {"softmax_scale": D**-0.5, "soft_cap": soft_cap, "window": window, "bias_scale": 0.7}
+    so_far = result_so_far(args[0], 0.7, FP32)
+    truth = run(reference, "cpu", double(args), double(so_far), bias=bias.double(), **kw)
+    plain = run(reference, "cpu", args, so_far, bias=bias, **kw)
+    for got, exact, same in zip(
+        run(fn, device, args, so_far, bias=bias.to(device), **kw), truth, plain, strict=True
+    ):
+        assert_close(got, exact, same, dtype)
+    without = run(reference, "cpu", double(args), double(so_far), **(kw | {"bias_scale": 0.0}))
+    assert not torch.allclose(truth[0], without[0], atol=1e-3), "the bias decides something"
+
+
 @pytest.mark.parametrize("share", [0, 0.7], ids=["first", "folded"])
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize(("fn", "device"), homes("prefill_attention"))
