@@ -23,6 +23,18 @@ class UnsupportedModelError(RheoError):
         super().__init__("this model cannot be offloaded: " + "; ".join(self.reasons))
 
 
+class HeadsError(RheoError):
+    """The learned heads of a selection method are missing, or do not fit the model.
+
+    Args:
+        reasons: every reason found, not only the first; the message lists all of them.
+    """
+
+    def __init__(self, reasons: Sequence[str]) -> None:
+        self.reasons = list(reasons)
+        super().__init__("the learned heads cannot be used: " + "; ".join(self.reasons))
+
+
 class HostMemoryError(RheoError):
     """The host store does not fit. The message says what was needed, what was free, which key decides."""
 
