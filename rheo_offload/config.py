@@ -60,9 +60,9 @@ class CacheConfig:
 class SelectionConfig:
     """Which blocks a decode step attends to."""
 
-    method: Literal["full", "streaming", "mean_key", "infllm_v2", "quest", "moba", "arkvale", "lserve"] = (
-        "mean_key"
-    )
+    method: Literal[
+        "full", "streaming", "mean_key", "infllm_v2", "quest", "moba", "arkvale", "lserve", "seer_r"
+    ] = "mean_key"
     """How blocks are scored. `full` drops nothing; `streaming` keeps sink and recent blocks only."""
     token_budget: int | Literal["auto"] = "auto"
     """Tokens attended per KV head and step, rounded down to whole blocks; `auto`: 4096, or 2048 when the

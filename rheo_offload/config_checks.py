@@ -81,5 +81,6 @@ def _spelled(expected: Any) -> str:
         bool: "true or false",
         str: "text",
         dict: "a group of keys",
+        type(None): "null",
     }
     return names[origin or expected]

@@ -2,7 +2,7 @@
 
 import logging
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -25,12 +25,16 @@ from rheo_offload.metrics.stats import Stats
 from rheo_offload.model import attention_hook
 from rheo_offload.model.collect import collect_stats
 from rheo_offload.model.fused import FusedReport, fuse_as_configured, unfuse
+from rheo_offload.model.gates import load_gates
 from rheo_offload.model.generation import rheo_generate
 from rheo_offload.model.hf_cache import RheoCache
 from rheo_offload.model.prefill import prefill_rows
 from rheo_offload.model.self_test import self_test
 from rheo_offload.model.specs import config_problems, layer_specs, max_positions, text_config
+from rheo_offload.selection.base import LayerSelectors, Selector
 from rheo_offload.selection.policy import METHODS, make_policy, make_selector
+from rheo_offload.selection.seer_r import SeerR
+from rheo_offload.types import LayerSpec
 
 logger = logging.getLogger("rheo_offload")
 
@@ -61,7 +65,8 @@ class RheoHandle:
                 f"selection.dense_layers names layers {beyond}; the model has {len(self.specs)}"
             )
         selection, size = config.selection, config.cache.block_size
-        self._selector = make_selector(selection.method, selection.params, block_size=size)
+        method = make_selector(selection.method, selection.params, block_size=size)
+        self._selector = _with_weights(method, model, self.specs, selection.dense_layers)
 
     @property
     def model(self) -> PreTrainedModel:
@@ -347,6 +352,15 @@ def restore(model: PreTrainedModel) -> PreTrainedModel:
     unfuse(model)
     model.set_attn_implementation(handle.original_attention)
     return model
+
+
+def _with_weights(
+    method: Selector, model: PreTrainedModel, specs: Sequence[LayerSpec], dense_layers: Sequence[int]
+) -> Selector | LayerSelectors:
+    """Return a method that has weights with those of each layer, any other as it is."""
+    if isinstance(method, SeerR):
+        return method.with_gates(load_gates(method.weights, model, specs, dense_layers=dense_layers))
+    return method
 
 
 def _model_problems(model: PreTrainedModel) -> list[str]:
