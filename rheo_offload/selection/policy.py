@@ -13,13 +13,14 @@ from rheo_offload.selection.infllm_v2 import InfLLMV2
 from rheo_offload.selection.lserve import LServe
 from rheo_offload.selection.mean_key import MeanKey
 from rheo_offload.selection.moba import MoBA
+from rheo_offload.selection.nsa_select import NSASelect
 from rheo_offload.selection.quest import Quest
 from rheo_offload.selection.seer_r import SeerR
 from rheo_offload.selection.streaming import Streaming
 from rheo_offload.types import Policy
 
 METHODS: dict[str, type[Selector]] = {
-    m.name: m for m in (ArkVale, Full, InfLLMV2, LServe, MeanKey, MoBA, Quest, SeerR, Streaming)
+    m.name: m for m in (ArkVale, Full, InfLLMV2, LServe, MeanKey, MoBA, NSASelect, Quest, SeerR, Streaming)
 }
 
 
