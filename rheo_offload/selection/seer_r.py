@@ -106,8 +106,12 @@ class SeerGate:
         times = x.shape[3]
         positions = seq_lens[:, None] - times + torch.arange(times, device=q.device)
         x = self.rope.undo(_wide(x), positions[:, None, None])
+        return self.query_of(x, positions[:, None]).to(q.dtype)
+
+    def query_of(self, x: Tensor, positions: Tensor) -> Tensor:
+        """Return gate queries fp32 [B, Hkv, T, D] of x [B, Hkv, G, T, D] before RoPE, at `positions` [B, 1, T]."""
         x = torch.einsum("bhgtd,hgde->bhte", x.to(self.w_query.dtype), self.w_query)
-        return self.rope.apply(_normed(x, self.query_norm), positions[:, None]).to(q.dtype)
+        return self.rope.apply(_normed(x, self.query_norm), positions)
 
     def summarize(self, keys: Tensor, blocks: Tensor) -> Tensor:
         """Return gate keys [..., Hkv, 1, D] of keys [..., Hkv, C, D] after RoPE, in their dtype; see `Summarizer`."""
@@ -115,10 +119,12 @@ class SeerGate:
         starts = blocks[..., None] * size
         positions = starts + torch.arange(size, device=keys.device)  # [..., C]
         x = self.rope.undo(_wide(keys), positions[..., None, :])
-        pooled = torch.cat((x.amax(-2), x.amin(-2), x.mean(-2)), -1)  # [..., Hkv, 3 * D]
+        return self.key_of(pool_keys(x), starts).to(keys.dtype)[..., None, :]
+
+    def key_of(self, pooled: Tensor, starts: Tensor) -> Tensor:
+        """Return gate keys fp32 [..., Hkv, D] of pooled keys [..., Hkv, 3 * D]; blocks begin at `starts` [..., 1]."""
         x = torch.einsum("...hi,hio->...ho", pooled.to(self.w_key.dtype), self.w_key)
-        x = self.rope.apply(_normed(x, self.key_norm), starts)
-        return x.to(keys.dtype)[..., None, :]
+        return self.rope.apply(_normed(x, self.key_norm), starts)
 
     def score(
         self,
@@ -141,6 +147,11 @@ class SeerGate:
             gate, summary, host_table, seq_lens, scratch, arrivals, block_scores,
             softmax_scale=gate.shape[-1] ** -0.5, block_size=block_size,
         )  # fmt: skip
+
+
+def pool_keys(keys: Tensor) -> Tensor:
+    """Pool keys [..., C, D] from before RoPE to [..., 3 * D]: channel-wise maxima, minima, means."""
+    return torch.cat((keys.amax(-2), keys.amin(-2), keys.mean(-2)), -1)
 
 
 def _wide(x: Tensor) -> Tensor:
