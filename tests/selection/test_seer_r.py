@@ -5,7 +5,7 @@ import re
 import pytest
 import torch
 
-from rheo_offload import RheoConfig, offload
+from rheo_offload import Engine, RheoConfig, SamplingParams, offload
 from rheo_offload.errors import ConfigError, HeadsError
 from rheo_offload.model.gates import GATE_TENSORS, KEY, KEY_NORM, QUERY, QUERY_NORM
 from rheo_offload.model.learned_heads import HeadsInfo, save_heads
@@ -16,7 +16,7 @@ from tests.helpers.homes import DEVICE
 from tests.helpers.tiny_model import tiny_model
 from tests.helpers.tolerance import assert_close
 from tests.selection.test_scorers import plain_blocks
-from tests.test_end_to_end import greedy, prompt, sparse_config
+from tests.test_end_to_end import BLOCK, greedy, prompt, sparse_config
 
 C, SINK, RECENT, BUDGET, SCALE = 32, 1, 2, 7, 0.25
 
@@ -192,6 +192,54 @@ def test_it_runs_sparse_with_a_dense_layer_and_the_audit(tmp_path):
     stats = model.rheo.stats()
     assert stats.miss_blocks > 0 and 0 < stats.captured_mass_min <= stats.captured_mass_mean < 1
     assert torch.equal(greedy(model, ids[1:, 170:])[0, 130:], together[1, 300:])
+
+
+def test_a_row_that_sits_a_step_out_keeps_its_gate_keys(tmp_path):
+    """Two rows, nothing resident; one decodes: it gets the key of the block it closes, the other row none."""
+    model = tiny_model("llama", device=DEVICE)
+    selection = {"sink_blocks": 0}
+    offload(model, seer_config(gate_file(tmp_path / "g.safetensors", model), selection=selection))
+    ex = model.rheo._make_executor(2, 200, torch.float32, torch.device(DEVICE))
+    tokens = 4 * BLOCK - 1
+    for b in range(2):
+        ex.begin_prefill(slice(b, b + 1), [0], tokens)
+        q, k = torch.randn(1, 4, tokens, 16).to(DEVICE), torch.randn(1, 2, tokens, 16).to(DEVICE)
+        for layer in range(2):
+            ex.forward(layer, AttentionCall(q, k, k, SCALE))
+    ex.cache.drop_blocks()
+    layer, pages = ex.cache.full[0], [p[:4] for p in ex.cache.pages]
+    before = layer.summary.clone()
+    ex.cache.active[1] = 0
+    ex.begin_decode_on_host([0])
+    ex.cache.after_decode([0])
+    ex.begin_decode_on_device(2)
+    q, k = torch.randn(2, 4, 1, 16).to(DEVICE), torch.randn(2, 2, 1, 16).to(DEVICE)
+    for i in range(2):
+        ex.forward(i, AttentionCall(q, k, k, SCALE))
+    assert torch.equal(layer.summary[pages[1][:3]], before[pages[1][:3]])
+    assert torch.equal(layer.summary[pages[0][:3]], before[pages[0][:3]])
+    keys = layer.k_host[pages[0][3]][None].to(DEVICE)
+    made = model.rheo._selector.for_layer(0).summarize(keys, torch.tensor([3], device=DEVICE))
+    torch.testing.assert_close(layer.summary[pages[0][3]], made[0])
+
+
+def test_rows_that_come_and_go_keep_their_gate_keys(tmp_path):
+    """An engine of two rows, four requests over block borders: rows that sit a step out are written to by nobody."""
+    model = tiny_model("llama", device=DEVICE)
+    no_heat = {"selection": {"query_agnostic_share": 0.0, "sink_blocks": 0}, "audit": {"every": 0}}
+    offload(model, seer_config(gate_file(tmp_path / "g.safetensors", model), **no_heat))
+    wanted = [(150, 20), (31, 5), (200, 12), (97, 30)]
+    prompts = [prompt(n, seed=i)[0].cpu() for i, (n, _) in enumerate(wanted)]
+    expected = [
+        greedy(model, ids[None].to(DEVICE), new=new, eos_token_id=None)[0, len(ids) :].tolist()
+        for ids, (_, new) in zip(prompts, wanted, strict=True)
+    ]
+    with Engine(model, max_rows=2, max_context_tokens=256) as engine:
+        options = [SamplingParams(max_new_tokens=new, ignore_eos=True) for _, new in wanted]
+        requests = [engine.submit(ids, o) for ids, o in zip(prompts, options, strict=True)]
+        while not engine.is_idle:
+            engine.step()
+        assert [r.output_ids for r in requests] == expected
 
 
 def test_weights_change_what_is_selected(tmp_path):
