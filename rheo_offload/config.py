@@ -61,7 +61,18 @@ class SelectionConfig:
     """Which blocks a decode step attends to."""
 
     method: Literal[
-        "full", "streaming", "mean_key", "infllm_v2", "quest", "moba", "arkvale", "lserve", "nosa", "dma"
+        "full",
+        "streaming",
+        "mean_key",
+        "infllm_v2",
+        "quest",
+        "moba",
+        "arkvale",
+        "lserve",
+        "nosa",
+        "dma",
+        "seer_r",
+        "nsa_select",
     ] = "mean_key"
     """How blocks are scored. `full` drops nothing; `streaming` keeps sink and recent blocks only."""
     token_budget: int | Literal["auto"] = "auto"

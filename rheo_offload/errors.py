@@ -65,3 +65,7 @@ class TraceError(RheoError):
 
 class EngineError(RheoError):
     """The engine cannot do what was asked, or a step failed; the message names the requests."""
+
+
+class CalibrationError(RheoError):
+    """Heads cannot be fitted: too little text, a model without layers to fit, a place that cannot be written."""

@@ -9,7 +9,7 @@ from tests.helpers.tiny_model import tiny_model
 from tests.model.test_families import batch, drop_before_every_step
 
 BLOCK = 16
-METHODS = ("mean_key", "infllm_v2", "quest", "moba", "arkvale", "lserve", "streaming", "full")
+METHODS = ("mean_key", "infllm_v2", "nsa_select", "quest", "moba", "arkvale", "lserve", "streaming", "full")
 
 
 def sparse_config(method="mean_key", budget_blocks=6, **groups):

@@ -19,7 +19,7 @@ LEVELS = [
     {"execution"},
     {"model"},
     {"engine"},
-    {"", "eval"},
+    {"", "eval", "calibration"},
     {"trace"},
     {"cli", "server"},
     {"__main__"},

@@ -1,4 +1,6 @@
-"""numba `score_windows`: softmax over overlapping windows of two sub-units, maximum per block."""
+"""numba `score_windows`: softmax over overlapping windows of two sub-units, maximum or sum per block."""
+
+from typing import Literal
 
 import numba as nb
 import numpy as np
@@ -10,7 +12,9 @@ from csrc_free_kernels.cpu.score_mean import softmax, unit_logits
 
 # One (row, head) an iteration. q [B, Hq, D], summary [P, Hkv, W, D] -> block_scores [B, Hkv, N].
 @nb.njit(cache=True, parallel=True, fastmath=FASTMATH)
-def score_windows_kernel(q, summary, host_table, seq_lens, logits, block_scores, scale, block_size, code):
+def score_windows_kernel(
+    q, summary, host_table, seq_lens, logits, block_scores, scale, block_size, overlap, code
+):
     num_rows, num_kv_heads, num_blocks = block_scores.shape
     group, width = q.shape[1] // num_kv_heads, summary.shape[2]
     for i in nb.prange(num_rows * num_kv_heads):
@@ -32,8 +36,16 @@ def score_windows_kernel(q, summary, host_table, seq_lens, logits, block_scores,
                 for j in range(windows):
                     weights[j] += rows[g, j]
             for n in range(min(num_blocks, windows // width + 1)):
-                for j in range(max(width * n - 1, 0), min(width * n + width, windows)):
-                    scores[n] = max(scores[n], weights[j])
+                first_window, end = width * n - 1, width * n + width
+                if overlap:
+                    scores[n] = 0
+                for j in range(max(first_window, 0), min(end, windows)):
+                    if not overlap:
+                        scores[n] = max(scores[n], weights[j])
+                    elif j == first_window or j == end - 1:  # half of it lies in a neighbouring block
+                        scores[n] += weights[j]
+                    else:
+                        scores[n] += 2 * weights[j]
 
 
 def score_windows(
@@ -47,8 +59,9 @@ def score_windows(
     *,
     softmax_scale: float,
     block_size: int,
+    pool: Literal["max", "overlap"] = "max",
 ) -> None:
-    """Score blocks by the best attention weight among the overlapping key windows that touch them.
+    """Score blocks by the attention weights of the overlapping key windows that touch them.
 
     Arguments as in `csrc_free_kernels/reference/score_windows.py`; `logits` is fp32 [B, Hq, N * W] scratch.
 
@@ -57,5 +70,5 @@ def score_windows(
     """
     score_windows_kernel(
         as_numpy(q), as_numpy(summary), host_table.numpy(), seq_lens.numpy(), logits.numpy(),
-        block_scores.numpy(), np.float32(softmax_scale), block_size, code_of(q),
+        block_scores.numpy(), np.float32(softmax_scale), block_size, pool == "overlap", code_of(q),
     )  # fmt: skip

@@ -1,5 +1,7 @@
 """Truth of `score_windows`: blocks ranked by attention to overlapping half-block windows (InfLLM-V2)."""
 
+from typing import Literal
+
 import torch
 from torch import Tensor
 
@@ -17,11 +19,13 @@ def score_windows(
     *,
     softmax_scale: float,
     block_size: int,
+    pool: Literal["max", "overlap"] = "max",
 ) -> None:
-    """Score blocks by the best attention weight among the overlapping key windows that touch them.
+    """Score blocks by the attention weights of the overlapping key windows that touch them.
 
-    InfLLM-V2 (arXiv:2509.24663): a window is the mean of two neighbouring sub-units, its softmax is summed
-    over the group, and a block takes the maximum over its W + 1 windows.
+    A window is the mean of two neighbouring sub-units, and its softmax is summed over the group. InfLLM-V2
+    (arXiv:2509.24663, `max`): a block takes the maximum over its W + 1 windows. NSA (arXiv:2502.11089,
+    `overlap`): their sum, each times the sub-units it has in the block, which is 1, 2, ..., 2, 1.
 
     Args:
         q: [B, Hq, D] after RoPE. Several queries may be folded into the group: Hq is any multiple of Hkv.
@@ -33,6 +37,7 @@ def score_windows(
         block_scores: [B, Hkv, N], written in full: -inf where none of a block's windows exist.
         softmax_scale: factor on q.k.
         block_size: tokens in a block, a multiple of W.
+        pool: how a block's windows are put together.
     """
     units_per_block = summary.shape[2]
     units = unit_logits(q, summary, host_table, softmax_scale).flatten(-2)  # [B, Hkv, G, N * W]
@@ -43,4 +48,12 @@ def score_windows(
     weights = weights.sum(2).masked_fill(~exists, -torch.inf)
     # window j sits at j + 1 after padding, so block n covers W * n .. W * n + W
     padded = torch.nn.functional.pad(weights, (1, 1), value=-torch.inf)
-    block_scores.copy_(padded.unfold(-1, units_per_block + 1, units_per_block).amax(-1))
+    touching = padded.unfold(-1, units_per_block + 1, units_per_block)  # [B, Hkv, N, W + 1]
+    if pool == "max":
+        block_scores.copy_(touching.amax(-1))
+        return
+    overlap = torch.full((units_per_block + 1,), 2.0, dtype=touching.dtype, device=q.device)
+    overlap[0] = overlap[-1] = 1.0
+    none = (touching == -torch.inf).all(-1)
+    summed = (touching.clamp_min(0.0) * overlap).sum(-1)
+    block_scores.copy_(summed.masked_fill(none, -torch.inf))

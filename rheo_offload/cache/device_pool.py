@@ -44,7 +44,7 @@ class FullLayer:
             rows: rows of the batch.
             max_blocks: logical blocks per row (N).
             capacity: slots per (row, KV head).
-            summary_kind: `none`, `mean`, `minmax` or `cuboid`.
+            summary_kind: `none`, `mean`, `minmax`, `cuboid`, or `own`: written by the method, not by the ops.
             summary_width: summary vectors per block (W).
             max_pages: host pages that summaries must cover.
             device: of the pool.
@@ -78,6 +78,16 @@ class FullLayer:
         self.cover_pages(max_pages)
         self.capacity = self.sharing_rows = 0
         self.share_slots(rows)
+
+    @property
+    def op_summary_kind(self) -> str:
+        """The summary kind that the op `append` writes."""
+        return "none" if self.summary_kind == "own" else self.summary_kind
+
+    @property
+    def op_summary(self) -> torch.Tensor | None:
+        """What the op `append` writes it to."""
+        return None if self.summary_kind == "own" else self.summary
 
     def traffic_of(self, purpose: str) -> torch.Tensor:
         """Return the one-element counter of blocks read from the host for a purpose in `TRAFFIC`."""

@@ -15,6 +15,7 @@ import torch
 from rheo_offload.cache.device_pool import FullLayer, SlidingLayer
 from rheo_offload.execution import token_bias
 from rheo_offload.execution.dense_rounds import attend_everything
+from rheo_offload.execution.summaries import summarize_tails
 from rheo_offload.selection.learned_bias import LearnedBias, keeps_heat
 from rheo_offload.types import AttentionCall
 
@@ -45,9 +46,11 @@ def decode_full(ex: "Executor", layer: FullLayer, call: AttentionCall) -> torch.
         ops.append(
             call.k[:, :, 0], call.v[:, :, 0], now.lens, now.host_table,
             layer.k_host, layer.v_host, layer.k_pool, layer.v_pool,
-            *tables, layer.summary, ws.load_count,
-            sink_blocks=cache.sink_blocks, summary_kind=layer.summary_kind, **token_bias.for_append(layer, call),
+            *tables, layer.op_summary, ws.load_count, sink_blocks=cache.sink_blocks,
+            summary_kind=layer.op_summary_kind, **token_bias.for_append(layer, call),
         )  # fmt: skip
+        if layer.summary_kind == "own":
+            summarize_tails(ex, layer, now)
     if ex.is_streamed(layer):
         return attend_everything(ex, layer, call, rows, purpose="streamed")[0]
 
@@ -74,7 +77,7 @@ def decode_full(ex: "Executor", layer: FullLayer, call: AttentionCall) -> torch.
             query_blocks=policy.query_blocks, agnostic_blocks=policy.agnostic_blocks,
             heat_decay=policy.heat_decay, normalise=selector.normalise,
         )  # fmt: skip
-    if ex.observer is not None and selector is ex.selector:
+    if ex.observer is not None and not ex.is_dense(layer):
         ex.observer.note(layer, ws)
 
     logits = dict(softmax_scale=call.softmax_scale, soft_cap=call.soft_cap, window=None)

@@ -20,7 +20,7 @@ from rheo_offload.execution.observer import StepObserver
 from rheo_offload.execution.prefill import Chunk, prefill_full, prefill_sliding, warm
 from rheo_offload.execution.workspace import DecodeWorkspace, RingWorkspace, RoundsWorkspace
 from rheo_offload.ops import kernels_for
-from rheo_offload.selection.base import Selector
+from rheo_offload.selection.base import LayerSelectors, Selector
 from rheo_offload.selection.full import Full
 from rheo_offload.types import AttentionCall, Policy
 
@@ -35,7 +35,7 @@ class Executor:
     def __init__(
         self,
         cache: KVCache,
-        selector: Selector,
+        selector: Selector | LayerSelectors,
         policy: Policy,
         *,
         dense_layers: Sequence[int] = (),
@@ -201,7 +201,8 @@ class Executor:
 
     # ---- per layer -------------------------------------------------------------------------------------------------
 
-    def _is_dense(self, layer: FullLayer) -> bool:
+    def is_dense(self, layer: FullLayer) -> bool:
+        """Whether the layer attends to everything."""
         return layer.spec.layer_idx in self._dense or self.selector.name == "full"
 
     @property
@@ -212,15 +213,18 @@ class Executor:
 
     def is_streamed(self, layer: FullLayer) -> bool:
         """Whether the layer attends to more blocks than its pool holds."""
-        return self._is_dense(layer) and layer.capacity < layer.max_blocks
+        return self.is_dense(layer) and layer.capacity < layer.max_blocks
 
     def selector_of(self, layer: FullLayer) -> Selector:
         """Return the layer's method: the configured one, or `full` for layers kept dense."""
-        return self._full if self._is_dense(layer) else self.selector
+        if self.is_dense(layer):
+            return self._full
+        method = self.selector
+        return method.for_layer(layer.spec.layer_idx) if isinstance(method, LayerSelectors) else method
 
     def policy_of(self, layer: FullLayer) -> Policy:
         """Return the layer's policy: the configured one, or everything for layers kept dense."""
-        if not self._is_dense(layer):
+        if not self.is_dense(layer):
             return self.policy
         return replace(
             self.policy,

@@ -13,6 +13,7 @@ import torch
 from rheo_offload.cache import residency
 from rheo_offload.cache.device_pool import FullLayer, SlidingLayer
 from rheo_offload.execution import token_bias
+from rheo_offload.execution.summaries import summarize_chunk
 from rheo_offload.execution.workspace import SelectionLists
 from rheo_offload.selection.base import normalised
 from rheo_offload.selection.learned_bias import LearnedBias, keeps_heat
@@ -84,7 +85,9 @@ def prefill_full(ex: "Executor", layer: FullLayer, call: AttentionCall, chunk: C
         layer.k_host, layer.v_host, layer.k_pool, layer.v_pool, slot_of,
     )  # fmt: skip
     token_bias.append_chunk(ops, layer, call, chunk, table)
-    if layer.summary_kind != "none":
+    if layer.summary_kind == "own":
+        summarize_chunk(ex, layer, call.k, chunk)
+    elif layer.summary_kind != "none":
         ops.summarize_chunk(
             call.k, chunk.start, table, layer.k_host, layer.summary, summary_kind=layer.summary_kind
         )

@@ -2,7 +2,7 @@
 
 import logging
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -25,6 +25,7 @@ from rheo_offload.metrics.stats import Stats
 from rheo_offload.model import attention_hook
 from rheo_offload.model.collect import collect_stats
 from rheo_offload.model.fused import FusedReport, fuse_as_configured, unfuse
+from rheo_offload.model.gates import load_gates
 from rheo_offload.model.generation import rheo_generate
 from rheo_offload.model.hf_cache import RheoCache
 from rheo_offload.model.learned_heads import BiasHead, attach_heads, detach_heads, load_heads
@@ -32,8 +33,11 @@ from rheo_offload.model.prefill import prefill_rows
 from rheo_offload.model.self_test import self_test
 from rheo_offload.model.specs import config_problems, layer_specs, max_positions, text_config
 from rheo_offload.ops import kernels_for
+from rheo_offload.selection.base import LayerSelectors, Selector
 from rheo_offload.selection.learned_bias import LearnedBias, bias_sizes
 from rheo_offload.selection.policy import METHODS, make_policy, make_selector
+from rheo_offload.selection.seer_r import SeerR
+from rheo_offload.types import LayerSpec
 
 logger = logging.getLogger("rheo_offload")
 
@@ -64,11 +68,12 @@ class RheoHandle:
                 f"selection.dense_layers names layers {beyond}; the model has {len(self.specs)}"
             )
         selection, size = config.selection, config.cache.block_size
-        self._selector = make_selector(selection.method, selection.params, block_size=size)
+        method = make_selector(selection.method, selection.params, block_size=size)
+        self._selector = _with_weights(method, model, self.specs, selection.dense_layers)
         self._heads: dict[int, BiasHead] = {}
-        if isinstance(self._selector, LearnedBias):
+        if isinstance(method, LearnedBias):
             kind = text_config(model.config).model_type
-            self._heads = load_heads(self._selector.weights, model, self.specs, model_type=kind)
+            self._heads = load_heads(method.weights, model, self.specs, model_type=kind)
 
     @property
     def model(self) -> PreTrainedModel:
@@ -367,6 +372,15 @@ def restore(model: PreTrainedModel) -> PreTrainedModel:
     unfuse(model)
     model.set_attn_implementation(handle.original_attention)
     return model
+
+
+def _with_weights(
+    method: Selector, model: PreTrainedModel, specs: Sequence[LayerSpec], dense_layers: Sequence[int]
+) -> Selector | LayerSelectors:
+    """Return a method that has weights with those of each layer, any other as it is."""
+    if isinstance(method, SeerR):
+        return method.with_gates(load_gates(method.weights, model, specs, dense_layers=dense_layers))
+    return method
 
 
 def _model_problems(model: PreTrainedModel) -> list[str]:

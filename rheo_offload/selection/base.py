@@ -1,16 +1,18 @@
 """What a selection method is: a summary it keeps per block, and a score it gives every block.
 
 Policy (how many blocks, which are forced, heat) is separate and shared: `policy.py`.
-A method is handed tensors and never sees the cache.
+A method is handed tensors and never sees the cache. A method with weights of its own is one selector a layer, held
+together by `LayerSelectors`.
 """
 
+from collections.abc import Mapping
 from typing import Any, ClassVar, Literal, Protocol
 
 import torch
 
 from rheo_offload.config_checks import require
 
-SummaryKind = Literal["none", "mean", "minmax", "cuboid"]
+SummaryKind = Literal["none", "mean", "minmax", "cuboid", "own"]
 Normalise = Literal["none", "sum", "softmax"]
 ScoreKind = Literal["none", "mean", "windows", "minmax", "given"]
 
@@ -25,7 +27,7 @@ class Selector(Protocol):
 
     @property
     def summary_kind(self) -> SummaryKind:
-        """What `append` and `summarize_chunk` write for this method."""
+        """What `append` and `summarize_chunk` write for this method; `own`: nothing, it is a `Summarizer` itself."""
         ...
 
     normalise: ClassVar[Normalise]
@@ -57,8 +59,43 @@ class Selector(Protocol):
         softmax_scale: float,
         block_size: int,
     ) -> None:
-        """Write the score of every block of every row into `block_scores` [B, Hkv, N] fp32; higher = keep."""
+        """Write the score of every block of every row into `block_scores` [B, Hkv, N] fp32; higher = keep.
+
+        After a prompt, q holds several queries of each head, folded into its group head-major: those of a row's last
+        positions.
+        """
         ...
+
+
+class Summarizer(Protocol):
+    """A selector of summary kind `own`: it makes its summaries from a block's keys."""
+
+    def summarize(self, keys: torch.Tensor, blocks: torch.Tensor) -> torch.Tensor:
+        """Return summaries [..., Hkv, W, D] of blocks.
+
+        Args:
+            keys: [..., Hkv, C, D] after RoPE.
+            blocks: [...], their logical numbers.
+
+        Runs in every decode step on blocks that are still open too, whose result is never read.
+        """
+        ...
+
+
+class LayerSelectors:
+    """A method with weights: the selector of each layer, and what all of them have in common."""
+
+    def __init__(self, common: Selector, layers: Mapping[int, Selector]) -> None:
+        """Args: common, which is asked for name, kinds and summary width; layers, by `layer_idx`."""
+        self.common, self.layers = common, dict(layers)
+        self.name, self.normalise = common.name, common.normalise
+        self.query_aware, self.score_kind = common.query_aware, common.score_kind
+        self.summary_kind, self.summary_width = common.summary_kind, common.summary_width
+        self.score = common.score  # which layer it is must be known: `for_layer` first
+
+    def for_layer(self, layer_idx: int) -> Selector:
+        """Return the selector of a layer."""
+        return self.layers[layer_idx]
 
 
 def pages_of(block_size: int, page_size: int | Literal["block"]) -> int:

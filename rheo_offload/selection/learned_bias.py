@@ -14,7 +14,7 @@ from typing import ClassVar, Literal
 import torch
 
 from rheo_offload.config_checks import check_types
-from rheo_offload.selection.base import Selector
+from rheo_offload.selection.base import LayerSelectors, Selector
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -63,11 +63,11 @@ def parts_that_exist(units: torch.Tensor, begin: torch.Tensor, end: torch.Tensor
     return ((part >= begin) & (part < end))[:, None]
 
 
-def keeps_heat(selector: Selector) -> bool:
+def keeps_heat(selector: Selector | LayerSelectors) -> bool:
     """Whether a score per block that asks no query is kept for the method: decayed scores, or the pooled bias."""
     return selector.query_aware or isinstance(selector, LearnedBias)
 
 
-def bias_sizes(selector: Selector, block_size: int) -> tuple[bool, int]:
+def bias_sizes(selector: Selector | LayerSelectors, block_size: int) -> tuple[bool, int]:
     """Return whether blocks carry a bias per token, and how many parts of a block have a mean on the device."""
     return (True, selector.bias_units(block_size)) if isinstance(selector, LearnedBias) else (False, 0)

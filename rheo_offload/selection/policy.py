@@ -7,7 +7,7 @@ from typing import Any
 
 from rheo_offload.errors import ConfigError
 from rheo_offload.selection.arkvale import ArkVale
-from rheo_offload.selection.base import Selector
+from rheo_offload.selection.base import LayerSelectors, Selector
 from rheo_offload.selection.dma import DMA
 from rheo_offload.selection.full import Full
 from rheo_offload.selection.infllm_v2 import InfLLMV2
@@ -16,12 +16,28 @@ from rheo_offload.selection.lserve import LServe
 from rheo_offload.selection.mean_key import MeanKey
 from rheo_offload.selection.moba import MoBA
 from rheo_offload.selection.nosa import NOSA
+from rheo_offload.selection.nsa_select import NSASelect
 from rheo_offload.selection.quest import Quest
+from rheo_offload.selection.seer_r import SeerR
 from rheo_offload.selection.streaming import Streaming
 from rheo_offload.types import Policy
 
 METHODS: dict[str, type[Selector]] = {
-    m.name: m for m in (ArkVale, DMA, Full, InfLLMV2, LServe, MeanKey, MoBA, NOSA, Quest, Streaming)
+    m.name: m
+    for m in (
+        ArkVale,
+        DMA,
+        Full,
+        InfLLMV2,
+        LServe,
+        MeanKey,
+        MoBA,
+        NOSA,
+        NSASelect,
+        Quest,
+        SeerR,
+        Streaming,
+    )  # fmt: skip
 }
 
 
@@ -53,7 +69,7 @@ def make_selector(method: str, params: Mapping[str, Any], *, block_size: int) ->
 
 def make_policy(
     *,
-    selector: Selector,
+    selector: Selector | LayerSelectors,
     block_budget: int,
     sink_blocks: int,
     recent_blocks: int,

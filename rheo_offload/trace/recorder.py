@@ -87,7 +87,7 @@ class Recorder:
         if self._executor is not None:
             self._stop("another run began")
             return
-        layers = [i for i, layer in ex.cache.full.items() if ex.selector_of(layer) is ex.selector]
+        layers = [i for i, layer in ex.cache.full.items() if not ex.is_dense(layer)]
         if not layers or ex.selector.name == "full":
             raise TraceError("nothing to record: no layer of this run selects blocks")
         if len({ex.cache.full[i].spec.num_kv_heads for i in layers}) > 1:

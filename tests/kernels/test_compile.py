@@ -288,6 +288,7 @@ CASES = {
     "stage": ("stage", lambda: World().stage(), (80, 90), True),
     "score_mean": ("score_mean", lambda: World(W=1).score(), (80, 90), False),
     "score_windows": ("score_windows", lambda: World().score(), (80, 90), False),
+    "score_windows-overlap": ("score_windows", lambda: World().score(pool="overlap"), (80, 90), False),
     "score_minmax": ("score_minmax", lambda: World(W=2).score(), (80, 90), False),
     "score_minmax-pages": ("score_minmax", lambda: World(W=8).score(), (80, 90), False),
     "score_minmax-mean": ("score_minmax", lambda: World(W=2).score(group_by="mean"), (80, 90), False),

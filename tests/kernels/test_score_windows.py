@@ -28,12 +28,13 @@ CASES = {
 }
 
 
+@pytest.mark.parametrize("pool", ["max", "overlap"])
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize(("fn", "device"), homes("score_windows"))
-def test_matches_reference(fn, device, case):
+def test_matches_reference(fn, device, case, pool):
     B, Hkv, G, D, C, N, W, seq_lens, dtype = CASES[case]
     inputs = score_inputs(B, Hkv, G, D, C, N, W, seq_lens, dtype)
-    check_score(fn, device, reference, inputs, block_size=C, softmax_scale=D**-0.5)
+    check_score(fn, device, reference, inputs, block_size=C, softmax_scale=D**-0.5, pool=pool)
 
 
 @pytest.mark.parametrize(("fn", "device"), homes("score_windows"))
@@ -43,15 +44,20 @@ def test_large_logits(fn, device):
     check_score(fn, device, reference, inputs, block_size=8, softmax_scale=20.0)
 
 
-def test_reference_is_the_definition():
+@pytest.mark.parametrize("pool", ["max", "overlap"])
+def test_reference_is_the_definition(pool):
     C, W, unit = 8, 4, 2
     inputs = score_inputs(2, 1, 3, 16, C, 4, W, [29, 11], torch.float64)
-    scores = run_score(reference, "cpu", inputs, block_size=C, softmax_scale=0.5)
+    scores = run_score(reference, "cpu", inputs, block_size=C, softmax_scale=0.5, pool=pool)
     for b, seq_len in enumerate([29, 11]):
         means = [inputs["summary"][inputs["host_table"][b, u // W], 0, u % W] for u in range(seq_len // unit)]
         windows = [(means[j] + means[j + 1]) / 2 for j in range(4 * W) if (j + 2) * unit <= seq_len]
         exps = [[math.exp(0.5 * float(inputs["q"][b, g] @ w)) for w in windows] for g in range(3)]
         weights = [sum(e[j] / sum(e) for e in exps) for j in range(len(windows))]
         for n in range(4):
-            own = [weights[j] for j in range(W * n - 1, W * n + W) if 0 <= j < len(windows)]
-            assert float(scores[b, 0, n]) == pytest.approx(max(own, default=-math.inf), rel=1e-12)
+            own = [j for j in range(W * n - 1, W * n + W) if 0 <= j < len(windows)]
+            best = max((weights[j] for j in own), default=-math.inf)
+            if pool == "overlap" and own:  # tokens that window and block share, in sub-units
+                tokens = [{*range(j * unit, (j + 2) * unit)} & {*range(n * C, (n + 1) * C)} for j in own]
+                best = sum(weights[j] * len(shared) / unit for j, shared in zip(own, tokens, strict=True))
+            assert float(scores[b, 0, n]) == pytest.approx(best, rel=1e-12)
