@@ -51,7 +51,7 @@ def summarize_tail(keys, summary, offset, code, summary_code, kind):
 @nb.njit(cache=True, fastmath=FASTMATH)
 def append_kernel(
     k_new, v_new, seq_lens, host_table, k_host, v_host, k_pool, v_pool, slot_of, block_in, last_used,
-    slot_base, slot_count, step, summary, load_count, sink_blocks, code, summary_code, kind,
+    slot_base, slot_count, step, summary, value_summary, load_count, sink_blocks, code, summary_code, kind,
 ):  # fmt: skip
     num_rows, num_kv_heads, head_dim = k_new.shape
     block_size = k_pool.shape[1]
@@ -83,6 +83,8 @@ def append_kernel(
         last_used[slot] = step[0]
         if kind != NONE:
             summarize_tail(k_pool[slot], summary[page, h], offset, code, summary_code, kind)
+        if value_summary.size > 0:
+            summarize_tail(v_pool[slot], value_summary[page, h], offset, code, code, MEAN)
 
 
 def append(
@@ -105,6 +107,7 @@ def append(
     *,
     sink_blocks: int,
     summary_kind: Literal["none", "mean", "minmax", "cuboid"],
+    value_summary: Tensor | None = None,
 ) -> None:
     """Write the token at position `seq_len - 1` of every active row to its host page and to the pool.
 
@@ -127,6 +130,7 @@ def append(
         load_count: int32 [1], set to 0.
         sink_blocks: blocks below this number are never evicted.
         summary_kind: what `summary` holds.
+        value_summary: [P, Hkv, W, D] means of the values of every sub-unit of C / W tokens, or None for none.
     """
     code = code_of(k_new)
     append_kernel(
@@ -145,6 +149,7 @@ def append(
         slot_count.numpy(),
         step.numpy(),
         NO_SUMMARY if summary is None else as_numpy(summary),
+        NO_SUMMARY if value_summary is None else as_numpy(value_summary),
         load_count.numpy(),
         sink_blocks,
         code,

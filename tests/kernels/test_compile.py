@@ -79,6 +79,23 @@ class World:
         ids = (self.selected, self.slots, self.rows)
         return (self.q, self.k_pool, self.v_pool, *ids, self.parts, self.lse_parts), PLAIN | kw
 
+    def attend_centroids(self, **kw):
+        means = (self.summary, self.summary, self.host_table, self.rows, self.selected)
+        sizes = {"softmax_scale": 0.1, "soft_cap": None, "block_size": 64}
+        return (self.q, *means, self.parts, self.lse_parts), sizes | kw
+
+    def block_mass(self, **kw):
+        args = (
+            self.q,
+            self.k_pool,
+            self.selected,
+            self.slots,
+            self.rows,
+            self.lse_parts[0],
+            self.heat[:, :, :64],
+        )
+        return args, {"softmax_scale": 0.1, "soft_cap": None} | kw
+
     def merge(self):
         late = {"splits": 5, "late_slots": self.slots}
         return (self.parts, self.lse_parts, self.q[0, :, 0], self.q, self.lse_parts[0]), late
@@ -88,12 +105,16 @@ class World:
         chunk = (x[:, :, :queries] for x in (self.chunk_out, self.chunk_lse))
         return (self.q_chunk[:, :, :queries], *kv, self.rows, self.rows, self.rows, *chunk), PLAIN | kw
 
-    def append(self, kind):
+    def append(self, kind, *, values=False):
         tables = (self.slot_of, self.block_in, self.last_used, self.slot_base, self.slot_count, self.step)
         pools = (self.k_host, self.v_host, self.k_pool, self.v_pool)
         summary = None if kind == "none" else self.summary
         args = (self.k_new, self.k_new, self.rows, self.host_table, *pools, *tables, summary, self.load_count)
-        return args, {"sink_blocks": 1, "summary_kind": kind}
+        return args, {
+            "sink_blocks": 1,
+            "summary_kind": kind,
+            "value_summary": self.summary if values else None,
+        }
 
     def append_chunk(self):
         pools = (self.k_host, self.v_host, self.k_pool, self.v_pool)
@@ -187,6 +208,17 @@ CASES = {
         True,
     ),
     "attend-fp32": ("attend", lambda: World(dtype=FP32).attend(), (90,), True),
+    "attend_centroids": ("attend_centroids", lambda: World(W=1).attend_centroids(), (80, 90), True),
+    "attend_centroids-d256-cap": (
+        "attend_centroids",
+        lambda: World(D=256).attend_centroids(soft_cap=50.0),
+        (80, 90),
+        True,
+    ),
+    "attend_centroids-fp32": ("attend_centroids", lambda: World(dtype=FP32).attend_centroids(), (90,), True),
+    "block_mass": ("block_mass", lambda: World().block_mass(), (80, 90), True),
+    "block_mass-d256-cap": ("block_mass", lambda: World(D=256).block_mass(soft_cap=50.0), (80, 90), True),
+    "block_mass-fp32": ("block_mass", lambda: World(dtype=FP32).block_mass(), (90,), True),
     "merge": ("merge", lambda: World().merge(), (80, 90), False),
     "prefill": ("prefill_attention", lambda: World().prefill_attention(), (80, 89, 90), True),
     "prefill-staged": ("prefill_attention", lambda: World().prefill_attention(staged=True), (90,), True),
@@ -210,6 +242,7 @@ CASES = {
     "append-minmax": ("append", lambda: World(W=2).append("minmax"), (90,), False),
     "append-minmax-pages": ("append", lambda: World(W=8).append("minmax"), (90,), False),
     "append-cuboid": ("append", lambda: World(W=2).append("cuboid"), (80, 90), False),
+    "append-values": ("append", lambda: World(W=1).append("mean", values=True), (80, 90), False),
     "append_chunk": ("append_chunk", lambda: World().append_chunk(), (80, 90), True),
     "summarize_chunk-mean": ("summarize_chunk", lambda: World().summarize_chunk("mean"), (80, 90), False),
     "summarize_chunk-minmax": ("summarize_chunk", lambda: World(W=2).summarize_chunk("minmax"), (90,), False),
