@@ -31,6 +31,7 @@ class FullLayer:
         capacity: int,
         summary_kind: str,
         summary_width: int,
+        value_width: int,
         max_pages: int,
         device: torch.device,
     ) -> None:
@@ -45,6 +46,7 @@ class FullLayer:
             capacity: slots per (row, KV head).
             summary_kind: `none`, `mean`, `minmax` or `cuboid`.
             summary_width: summary vectors per block (W).
+            value_width: mean values kept per block, for `selection.remainder`; 0 = none.
             max_pages: host pages that summaries must cover.
             device: of the pool.
         """
@@ -53,7 +55,7 @@ class FullLayer:
         self._views: dict[tuple[int, int], FullLayer] = {}
         self.host_blocks = host_blocks
         self.k_host, self.v_host = layout.split(host_blocks)
-        self.summary_kind, self.summary_width = summary_kind, summary_width
+        self.summary_kind, self.summary_width, self.value_width = summary_kind, summary_width, value_width
         self.pool_blocks = torch.empty(
             1 + rows * spec.num_kv_heads * capacity, layout.elements, dtype=layout.dtype, device=device
         )
@@ -69,6 +71,7 @@ class FullLayer:
         self.counters = torch.zeros(rows, spec.num_kv_heads, NUM_COUNTERS, dtype=torch.int64, device=device)
         self.traffic = torch.zeros(len(TRAFFIC), dtype=torch.int64, device=device)
         self.summary: torch.Tensor | None = None
+        self.value_summary: torch.Tensor | None = None
         self.cover_pages(max_pages)
         self.capacity = self.sharing_rows = 0
         self.share_slots(rows)
@@ -109,30 +112,35 @@ class FullLayer:
             self._views[key] = narrow
         return self._views[key]
 
+    @property
+    def by_page(self) -> list[torch.Tensor]:
+        """What is kept per host page: the summaries of keys and of values, where there are any."""
+        return [t for t in (self.summary, self.value_summary) if t is not None]
+
     def cover_pages(self, max_pages: int) -> bool:
         """Make the summaries reach `max_pages` host pages, keeping what they hold; returns whether they moved."""
-        if self.summary_kind == "none" or (self.summary is not None and self.summary.shape[0] >= max_pages):
+        old = self.by_page
+        if (self.summary_kind == "none" and not self.value_width) or (old and len(old[0]) >= max_pages):
             return False
-        old = self.summary
-        by_half = old.shape[0] * 3 // 2 if old is not None else 0  # a long generation asks often
-        self.summary = torch.empty(
-            max(max_pages, by_half),
-            self.spec.num_kv_heads,
-            self.summary_width,
-            self.spec.head_dim,
-            dtype=self.layout.dtype,
-            device=self.device,
-        )
-        if old is not None:
-            self.summary[: old.shape[0]] = old
+        by_half = len(old[0]) * 3 // 2 if old else 0  # a long generation asks often
+        pages = max(max_pages, by_half)
+        fresh = [self._per_page(pages, w) for w in (self.summary_width, self.value_width) if w]
+        for new, kept in zip(fresh, old, strict=False):
+            new[: len(kept)] = kept
+        self.summary = fresh[0] if self.summary_width else None
+        self.value_summary = fresh[-1] if self.value_width else None
         self._views.clear()
         return True
+
+    def _per_page(self, pages: int, width: int) -> torch.Tensor:
+        shape = (pages, self.spec.num_kv_heads, width, self.spec.head_dim)
+        return torch.empty(shape, dtype=self.layout.dtype, device=self.device)
 
     @property
     def device_bytes(self) -> int:
         """Device memory of this layer's cache."""
-        tensors = (self.pool_blocks, self.summary, self.slot_of, self.heat, self.block_in, self.last_used)
-        return sum(t.nbytes for t in tensors if t is not None)
+        tables = (self.pool_blocks, self.slot_of, self.heat, self.block_in, self.last_used)
+        return sum(t.nbytes for t in (*tables, *self.by_page))
 
 
 class SlidingLayer:

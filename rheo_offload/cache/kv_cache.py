@@ -58,7 +58,7 @@ class KVCache:
         capacity: int,
         block_size: int,
         sink_blocks: int,
-        summaries: Mapping[int, tuple[str, int]],
+        summaries: Mapping[int, tuple[str, int, int]],
         dtype: torch.dtype,
         device: torch.device,
     ) -> None:
@@ -73,7 +73,7 @@ class KVCache:
             capacity: slots per (row, KV head).
             block_size: tokens per block.
             sink_blocks: leading blocks that are never dropped.
-            summaries: layer_idx -> (summary kind, summary width) of each full-attention layer.
+            summaries: layer_idx -> (summary kind, summary width, mean values per block) of each full-attention layer.
             dtype: of keys and values.
             device: of the pool.
         """
@@ -115,9 +115,9 @@ class KVCache:
             assert self.store is not None
             i = spec.layer_idx
             layout = self.page.blocks[i]
-            kind, width = self.summaries[i]
+            kind, width, value_width = self.summaries[i]
             old = self.full.pop(i, None)
-            kept = (old.heat, old.counters, old.traffic, old.summary) if old else None
+            kept = (old.heat, old.counters, old.traffic, old.by_page) if old else None
             del old  # its pool goes before the new one comes
             shape = (spec.num_kv_heads, layout.elements)
             layer = FullLayer(
@@ -129,17 +129,16 @@ class KVCache:
                 capacity=capacity,
                 summary_kind=kind,
                 summary_width=width,
+                value_width=value_width,
                 max_pages=self._pages_to_cover(),
                 device=self.device,
             )
             if kept:
-                heat, layer.counters, layer.traffic, summary = kept
+                heat, layer.counters, layer.traffic, by_page = kept
                 layer.heat[..., : heat.shape[2]] = heat
-                if summary is not None and layer.summary is not None:
-                    pages = min(
-                        summary.shape[0], layer.summary.shape[0]
-                    )  # both cover every page that is held
-                    layer.summary[:pages] = summary[:pages]
+                for new, had in zip(layer.by_page, by_page, strict=True):
+                    pages = min(len(had), len(new))  # both cover every page that is held
+                    new[:pages] = had[:pages]
             self.full[i] = layer
 
     def _pages_to_cover(self) -> int:
@@ -293,8 +292,8 @@ class KVCache:
         self.store.copy_page(source, target)
         self._cover_pages(target + 1)
         for layer in self.full.values():
-            if layer.summary is not None:
-                layer.summary[target] = layer.summary[source]
+            for kept in layer.by_page:
+                kept[target] = kept[source]
 
     def _write_table(self, rows: Sequence[int]) -> None:
         for row in rows:

@@ -30,7 +30,7 @@ from rheo_offload.model.hf_cache import RheoCache
 from rheo_offload.model.prefill import prefill_rows
 from rheo_offload.model.self_test import self_test
 from rheo_offload.model.specs import config_problems, layer_specs, max_positions, text_config
-from rheo_offload.selection.policy import METHODS, make_policy, make_selector
+from rheo_offload.selection.policy import METHODS, check_heat, make_policy, make_selector, mean_values
 
 logger = logging.getLogger("rheo_offload")
 
@@ -62,6 +62,8 @@ class RheoHandle:
             )
         selection, size = config.selection, config.cache.block_size
         self._selector = make_selector(selection.method, selection.params, block_size=size)
+        check_heat(self._selector, selection.heat_from)
+        self._mean_values = mean_values(self._selector, selection.remainder, block_size=size)
 
     @property
     def model(self) -> PreTrainedModel:
@@ -170,11 +172,13 @@ class RheoHandle:
         store = self._open_store(page, config, is_cuda(device))
         summaries = {}
         for spec in self.specs:
-            kept = METHODS["full"]() if spec.layer_idx in config.selection.dense_layers else selector
-            summaries[spec.layer_idx] = (kept.summary_kind, kept.summary_width(size))
+            dense = spec.layer_idx in config.selection.dense_layers
+            kept = METHODS["full"]() if dense else selector
+            values = 0 if dense else self._mean_values
+            summaries[spec.layer_idx] = (kept.summary_kind, kept.summary_width(size), values)
 
         def capacity_for(blocks: int, reclaimed_bytes: int = 0) -> int:
-            width = selector.summary_width(size)
+            width = selector.summary_width(size) + self._mean_values
             return self._capacity(config, rows, blocks, block_budget, width, dtype, device, reclaimed_bytes)
 
         def allocate(capacity: int) -> KVCache:
@@ -199,6 +203,7 @@ class RheoHandle:
             selector,
             policy,
             dense_layers=config.selection.dense_layers,
+            heat_from=config.selection.heat_from,
             kernels=config.execution.kernels,
             overlap=config.prefetch.overlap,
             audit_every=config.audit.every,

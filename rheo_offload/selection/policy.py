@@ -9,17 +9,22 @@ from rheo_offload.errors import ConfigError
 from rheo_offload.selection.arkvale import ArkVale
 from rheo_offload.selection.base import Selector
 from rheo_offload.selection.full import Full
+from rheo_offload.selection.heat_ranked import H2O, TOVA, HeatRanked, SnapKV
 from rheo_offload.selection.infllm_v2 import InfLLMV2
 from rheo_offload.selection.lserve import LServe
 from rheo_offload.selection.mean_key import MeanKey
 from rheo_offload.selection.moba import MoBA
 from rheo_offload.selection.quest import Quest
+from rheo_offload.selection.refined import Hisa, TokenSelect, token_rule_of
 from rheo_offload.selection.streaming import Streaming
 from rheo_offload.types import Policy
 
 METHODS: dict[str, type[Selector]] = {
-    m.name: m for m in (ArkVale, Full, InfLLMV2, LServe, MeanKey, MoBA, Quest, Streaming)
-}
+    m.name: m
+    for m in (
+        H2O, TOVA, ArkVale, Full, Hisa, InfLLMV2, LServe, MeanKey, MoBA, Quest, SnapKV, Streaming, TokenSelect,
+    )
+}  # fmt: skip
 
 
 def make_selector(method: str, params: Mapping[str, Any], *, block_size: int) -> Selector:
@@ -48,6 +53,44 @@ def make_selector(method: str, params: Mapping[str, Any], *, block_size: int) ->
     return selector
 
 
+def mean_values(selector: Selector, remainder: str, *, block_size: int) -> int:
+    """Return the mean values a block keeps on the device: as many as mean keys with `centroid`, 0 with `none`.
+
+    Raises:
+        ConfigError: the method keeps no mean keys that could stand for what it leaves out, or leaves nothing out.
+    """
+    if remainder == "none":
+        return 0
+    if token_rule_of(selector) is not None:
+        raise ConfigError(
+            f"selection.remainder {remainder!r} stands for whole blocks, and method {selector.name!r} leaves out "
+            "single tokens; use selection.remainder none"
+        )
+    if selector.summary_kind != "mean":
+        raise ConfigError(
+            f"selection.remainder {remainder!r} needs the mean keys of the blocks, which method {selector.name!r} does "
+            "not keep; use mean_key, moba, infllm_v2 or arkvale with digest centroid, or selection.remainder none"
+        )
+    return selector.summary_width(block_size)
+
+
+def check_heat(selector: Selector, heat_from: str) -> None:
+    """Refuse heat from attention for a method that has no use for heat, or does not attend to whole blocks.
+
+    Raises:
+        ConfigError: why not.
+    """
+    if heat_from == "attention" and token_rule_of(selector) is not None:
+        raise ConfigError(
+            f"selection.heat_from: method {selector.name!r} attends to single tokens, which say nothing of a block; "
+            "use scores"
+        )
+    if heat_from == "attention" and not selector.query_aware:
+        raise ConfigError(
+            f"selection.heat_from: method {selector.name!r} keeps no heat that attention could feed; use scores"
+        )
+
+
 def make_policy(
     *,
     selector: Selector,
@@ -59,12 +102,13 @@ def make_policy(
 ) -> Policy:
     """Split a budget into forced, query-aware and query-agnostic blocks.
 
-    The share is of what the forced blocks leave. A method that does not score gives that part to the recent blocks.
+    The share is of what the forced blocks leave. A method that does not score gives that part to the recent blocks,
+    or, where heat ranks, to the hottest.
     """
     rest = block_budget - sink_blocks - recent_blocks
     if not selector.query_aware:
         recent_blocks, rest = recent_blocks + rest, 0
-    agnostic = round(rest * query_agnostic_share)
+    agnostic = rest if isinstance(selector, HeatRanked) else round(rest * query_agnostic_share)
     return Policy(
         block_budget=block_budget,
         sink_blocks=sink_blocks,
