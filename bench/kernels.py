@@ -65,7 +65,7 @@ class Layer:
         self.pool = torch.randn(slots, 2 * s.block_size * s.dim, device=device, dtype=s.dtype)
         self.k_pool, self.v_pool = self.pool.view(slots, 2, s.block_size, s.dim).unbind(1)
         self.summary = torch.randn(int(page_table.max()) + 1, s.heads, 1, s.dim, device=device, dtype=s.dtype)
-        self.value_summary = torch.randn_like(self.summary)
+        self.value_summary = self.summary.flip(0)
         # far apart beside the scores that are added, so that the selection stays the same from step to step
         self.heat = 1000 * torch.rand(s.rows, s.heads, s.blocks, device=device)
         self.slot_of, self.block_in, self.last_used = (

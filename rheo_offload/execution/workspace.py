@@ -25,8 +25,8 @@ class SelectionLists:
 class DecodeWorkspace(SelectionLists):
     """Scratch for one geometry: rows x KV heads x query heads x head dim, N blocks, S selected.
 
-    `out_parts` holds the estimated remainder first (`estimate_splits`, with `selection.remainder`), then the partials of
-    the hits (`hit_splits`), then those of the loaded misses.
+    `out_parts` holds the estimated remainder first (`estimate_splits`, with `selection.remainder`), then the partials
+    of the hits (`hit_splits`), then those of the loaded misses.
     """
 
     def __init__(
