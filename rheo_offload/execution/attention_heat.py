@@ -50,7 +50,7 @@ def fold_attention(
     new = normalised(ws.block_scores, selector.normalise) if scored else torch.zeros_like(layer.heat)
     ids = torch.where(
         ws.selected_blocks < 0, blocks, ws.selected_blocks
-    ).long()  # padding goes to one block too many
+    ).long()  # padding: one block too many
     new = F.pad(new, (0, 1)).scatter_(2, ids, mass)[..., :blocks]
     if rule.layer_wide:
         new = new.mean(1, keepdim=True).expand_as(new)

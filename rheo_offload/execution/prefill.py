@@ -75,6 +75,19 @@ def prefill_full(ex: "Executor", layer: FullLayer, call: AttentionCall, chunk: C
             if mass is not None:
                 mass.add_history(k, first, tokens)
     _fold_chunk(ops, call, chunk.start, partial)
+    _store(ex, layer, call, chunk)
+    if mass is not None:
+        mass.add_chunk(chunk.start, size)
+        layer.heat[chunk.rows] = mass.heat(partial[1], ex.attention_heat_of(layer))
+    elif ex.wants_heat:
+        _start_heat(ex, layer, call, chunk)
+    return _finish(call, partial)
+
+
+def _store(ex: "Executor", layer: FullLayer, call: AttentionCall, chunk: Chunk) -> None:
+    """Write the chunk's keys and values to host pages and slots, and the summaries of what they complete."""
+    cache, ops = ex.cache, ex.ops
+    table, slot_of = cache.host_table[chunk.rows], layer.slot_of[chunk.rows]
     for b, row in enumerate(range(chunk.rows.start, chunk.rows.stop)):
         # Only blocks that begin in this chunk: a slot for an older one would miss the tokens it already has.
         residency.claim_in_order(
@@ -92,12 +105,6 @@ def prefill_full(ex: "Executor", layer: FullLayer, call: AttentionCall, chunk: C
         ops.summarize_chunk(
             call.v, chunk.start, table, layer.v_host, layer.value_summary, summary_kind="mean"
         )
-    if mass is not None:
-        mass.add_chunk(chunk.start, size)
-        layer.heat[chunk.rows] = mass.heat(partial[1], ex.attention_heat_of(layer))
-    elif ex.wants_heat:
-        _start_heat(ex, layer, call, chunk)
-    return _finish(call, partial)
 
 
 def prefill_sliding(ex: "Executor", layer: SlidingLayer, call: AttentionCall, chunk: Chunk) -> torch.Tensor:
