@@ -219,3 +219,17 @@ def test_methods_without_heat_are_refused(method):
             tiny_model("llama"),
             RheoConfig.from_dict({"selection": {"method": method, "heat_from": "attention"}}),
         )
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("method", ["mean_key", *EVICTING])
+def test_gpu_equals_cpu(method):
+    """In captured steps too: tokens, and the blocks selected at the end."""
+    tokens, blocks = [], []
+    for device in ("cuda", "cpu"):
+        model = offload(tiny_model("llama", device=device), config(method))
+        tokens.append(greedy(model, prompt(rows=2).to(device), new=32).cpu())
+        executor = model.rheo._last.executor
+        layers = executor.cache.full.values()
+        blocks.append(torch.stack([executor.workspace_of(layer).selected_blocks.cpu() for layer in layers]))
+    assert torch.equal(*tokens) and torch.equal(*blocks)

@@ -151,7 +151,4 @@ def test_gpu_equals_cpu():
         model = offload(tiny_model("gemma3", device=device), config())
         ids = prompt(rows=2).to(device)
         tokens.append(greedy(model, ids, new=32).cpu())
-        if device == "cuda":
-            runner = model.rheo._last.stepper.runner if hasattr(model.rheo._last, "stepper") else None
-            assert runner is None or runner.captured
     assert torch.equal(*tokens)
