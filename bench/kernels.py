@@ -65,6 +65,7 @@ class Layer:
         self.pool = torch.randn(slots, 2 * s.block_size * s.dim, device=device, dtype=s.dtype)
         self.k_pool, self.v_pool = self.pool.view(slots, 2, s.block_size, s.dim).unbind(1)
         self.summary = torch.randn(int(page_table.max()) + 1, s.heads, 1, s.dim, device=device, dtype=s.dtype)
+        self.value_summary = self.summary.flip(0)
         # far apart beside the scores that are added, so that the selection stays the same from step to step
         self.heat = 1000 * torch.rand(s.rows, s.heads, s.blocks, device=device)
         self.slot_of, self.block_in, self.last_used = (
@@ -117,6 +118,7 @@ class Step:
             torch.zeros(s.rows, s.heads, dtype=torch.int32, device=device) for _ in range(2)
         )
         self.scores = torch.zeros(s.rows, s.heads, s.blocks, device=device)
+        self.mass = torch.zeros(s.rows, s.heads, s.budget, device=device)
         self.selected, self.hits, self.misses = (
             torch.full((s.rows, s.heads, s.budget), -1, dtype=torch.int32, device=device) for _ in range(3)
         )
@@ -148,6 +150,9 @@ class Step:
         parts = self.hit_splits + launch.late_parts(s.budget, s.block_bytes)
         self.parts = torch.zeros(parts, s.rows, s.heads * s.group, s.dim, device=self.device)
         self.lse_parts = torch.zeros(parts, s.rows, s.heads * s.group, device=self.device)
+        estimates = launch.estimate_splits(s.rows * s.heads, s.blocks, self.device)
+        self.estimate_parts = torch.zeros(estimates, s.rows, s.heads * s.group, s.dim, device=self.device)
+        self.estimate_lse = torch.zeros(estimates, s.rows, s.heads * s.group, device=self.device)
 
     def append(self, x: Layer) -> None:
         """Append one token."""
@@ -216,6 +221,20 @@ class Step:
         self.attend_fetch(x)
         self.merge(x)
 
+    def attend_centroids(self, x: Layer) -> None:
+        """Estimate what is not selected (`selection.remainder`)."""
+        self.ops.attend_centroids(
+            self.q, x.summary, x.value_summary, self.page_table, self.seq_lens, self.selected, self.estimate_parts,
+            self.estimate_lse, softmax_scale=self.shape.dim**-0.5, soft_cap=None, block_size=self.shape.block_size,
+        )  # fmt: skip
+
+    def block_mass(self, x: Layer) -> None:
+        """Weigh the attended blocks (`selection.heat_from`)."""
+        self.ops.block_mass(
+            self.q, x.k_pool, self.selected, self.hits, self.seq_lens, self.lse_parts[0], self.mass,
+            softmax_scale=self.shape.dim**-0.5, soft_cap=None,
+        )  # fmt: skip
+
     def layer(self, x: Layer) -> None:
         """One layer of a step."""
         for op in (self.append, self.decide, self.attend_fetch, self.merge):
@@ -232,7 +251,10 @@ class Step:
         both = s.attended_bytes + s.scored_bytes
         return {
             "score": s.scored_bytes, "decide": s.scored_bytes, "attend": s.attended_bytes,
-            "attend_fetch": s.attended_bytes, "layer": both, "layer_of_single_ops": both,
+            "attend_fetch": s.attended_bytes,
+            "attend_centroids": 2 * s.scored_bytes * max(s.blocks - s.budget, 0) // s.blocks,
+            "block_mass": s.attended_bytes // 2,
+            "layer": both, "layer_of_single_ops": both,
         }  # fmt: skip
 
     def time_ms(self, fn: Callable[[Layer], None], samples: int) -> list[float]:
@@ -271,7 +293,7 @@ class Step:
 
 TIMED = (
     "append", "score", "select", "resolve", "decide", "gather", "attend", "merge", "attend_fetch",
-    "layer_of_single_ops", "layer",
+    "attend_centroids", "block_mass", "layer_of_single_ops", "layer",
 )  # fmt: skip
 
 

@@ -118,6 +118,10 @@ class Rheo(Decoder):
                 ops.summarize_chunk(
                     k, start, kv.host_table, layer.k_host, layer.summary, summary_kind=layer.summary_kind
                 )
+            if layer.value_summary is not None:
+                ops.summarize_chunk(
+                    v, start, kv.host_table, layer.v_host, layer.value_summary, summary_kind="mean"
+                )
         for ring in kv.sliding.values():
             spec = ring.spec
             k, v = random_kv(self.model, self.generator, (rows, spec.num_kv_heads, tokens, spec.head_dim))

@@ -34,7 +34,7 @@ class Reservoir:
         self.pages: list[int] = []
         self._spare: list[int] = []
         self._fillers: list[Rheo] = []
-        self._summaries: list[dict[int, torch.Tensor]] = []
+        self._summaries: list[dict[int, list[torch.Tensor]]] = []
         self._ids: list[torch.Tensor] = []
 
     def ensure(self, pages: int) -> None:
@@ -65,11 +65,7 @@ class Reservoir:
         ids = torch.tensor(pages)
         self._ids.append(ids)
         self._summaries.append(
-            {
-                i: layer.summary[ids.to(kv.device)].cpu()
-                for i, layer in kv.full.items()
-                if layer.summary is not None
-            }
+            {i: [kept[ids.to(kv.device)].cpu() for kept in layer.by_page] for i, layer in kv.full.items()}
         )
         kv.full.clear()  # only the pages are needed from now on
         self._fillers.append(filler)
@@ -108,10 +104,10 @@ class Reservoir:
         for ids, summaries in zip(self._ids, self._summaries, strict=True):
             used = torch.isin(ids, lent)
             target = ids[used].to(kv.device)
-            for i, summary in summaries.items():
+            for i, by_page in summaries.items():
                 layer = kv.full[i]
-                assert layer.summary is not None
-                layer.summary[target] = summary[used].to(kv.device)
+                for kept, summary in zip(layer.by_page, by_page, strict=True):
+                    kept[target] = summary[used].to(kv.device)
                 layer._views.clear()
         return min(kv.rows, max(1, total // blocks))
 

@@ -11,7 +11,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, PreTrain
 from rheo_offload.config import RheoConfig
 from rheo_offload.model.fused import fuse_as_configured
 from rheo_offload.model.specs import layer_specs, text_config
-from rheo_offload.selection.policy import make_selector
+from rheo_offload.selection.policy import make_selector, mean_values
 from rheo_offload.types import LayerSpec
 
 
@@ -150,7 +150,10 @@ def step_cost(
         if config is not None and not spec.is_sliding and spec.layer_idx not in config.selection.dense_layers:
             size, selection = config.cache.block_size, config.selection
             selector = make_selector(selection.method, selection.params, block_size=size)
-            vectors = context_len_tokens // size * selector.summary_width(size)
+            vectors = selector.summary_width(size) + mean_values(
+                selector, selection.remainder, block_size=size
+            )
+            vectors *= context_len_tokens // size
             summary_bytes += rows * vectors * spec.num_kv_heads * spec.head_dim * itemsize
     weights = weight_bytes(model)
     flops = 2 * rows * (weights // itemsize) + attention_flops

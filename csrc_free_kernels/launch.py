@@ -18,6 +18,7 @@ PROGRAMS = 264  # that keep a GPU busy: about two per multiprocessor of a large 
 MAX_SPLITS = 32
 LATE_BYTES = 32768  # that are worth a part of their own: the attention of a part costs 2 KiB of scratch
 MAX_LATE_PARTS = 64
+ESTIMATED_BLOCKS = 64  # of a part of `attend_centroids`, where there are enough
 FEW_ROWS = 16  # that `linear_few` takes: one tile of the tensor core
 
 
@@ -118,6 +119,14 @@ def late_parts(blocks: int, block_bytes: int) -> int:
     """
     together = max(1, LATE_BYTES // block_bytes, -(-blocks // MAX_LATE_PARTS))
     return -(-blocks // together)
+
+
+def estimate_splits(heads: int, blocks: int, device: torch.device) -> int:
+    """Return into how many parts `attend_centroids` splits up to `blocks` blocks of a (row, KV head).
+
+    A part is worth a launch's programs only from some tiles of means on.
+    """
+    return attend_splits(heads, -(-blocks // ESTIMATED_BLOCKS), device)
 
 
 def few_rows_config(

@@ -61,19 +61,9 @@ class SelectionConfig:
     """Which blocks a decode step attends to."""
 
     method: Literal[
-        "full",
-        "streaming",
-        "mean_key",
-        "infllm_v2",
-        "quest",
-        "moba",
-        "arkvale",
-        "lserve",
-        "nosa",
-        "dma",
-        "seer_r",
-        "nsa_select",
-    ] = "mean_key"
+        "full", "streaming", "mean_key", "infllm_v2", "quest", "moba", "arkvale", "lserve",
+        "nosa", "dma", "seer_r", "nsa_select", "h2o", "tova", "snapkv", "hisa", "token_select",
+    ] = "mean_key"  # fmt: skip
     """How blocks are scored. `full` drops nothing; `streaming` keeps sink and recent blocks only."""
     token_budget: int | Literal["auto"] = "auto"
     """Tokens attended per KV head and step, rounded down to whole blocks; `auto`: 4096, or 2048 when the
@@ -86,10 +76,15 @@ class SelectionConfig:
     query_agnostic_share: float = 0.5
     """Share of the blocks left after sink and recent that goes to the hottest blocks instead of the best for
     this query; 0 to 1."""
+    heat_from: Literal["scores", "attention"] = "scores"
+    """What makes a block hot: the method's `scores` of all blocks, or `attention`, which puts the weights of the
+    blocks that were read in their place."""
     heat_decay: float = 0.98
     """Factor on a block's heat per decode step; 0 to 1."""
     dense_layers: tuple[int, ...] = ()
     """Indices of layers that attend to everything; each at least 0."""
+    remainder: Literal["none", "centroid"] = "none"
+    """What stands for the blocks that are not selected: `none`, or `centroid`, their mean key and mean value."""
     params: dict[str, Any] = field(default_factory=dict)
     """The method's own parameters, checked by the method when a model is offloaded (docs/selectors.md)."""
 

@@ -7,7 +7,7 @@ from bench.shapes import model_bytes
 from rheo_offload.cache.sizing import MemoryPlan, plan_memory
 from rheo_offload.model.specs import layer_specs
 from rheo_offload.selection.learned_bias import bias_sizes
-from rheo_offload.selection.policy import make_selector
+from rheo_offload.selection.policy import make_selector, mean_values
 
 RESERVE_BYTES = 3 * 2**29  # graphs, cuBLAS workspaces, logits, allocator fragments
 CONTEXT_BYTES = 3 * 2**28  # what the driver keeps for the process, outside torch's allocator
@@ -33,7 +33,8 @@ def plan(
         block_size=size,
         block_budget=int(selection.token_budget) // size,
         capacity_ratio=capacity_ratio or config.cache.capacity_ratio,
-        summary_width=selector.summary_width(size),
+        summary_width=selector.summary_width(size)
+        + mean_values(selector, selection.remainder, block_size=size),
         stage_blocks=0,
         dtype=lab.model.dtype,
         capacity_blocks=capacity_blocks,

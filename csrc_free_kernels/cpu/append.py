@@ -56,7 +56,7 @@ def summarize_tail(keys, summary, offset, code, summary_code, kind):
 @nb.njit(cache=True, fastmath=FASTMATH)
 def append_kernel(
     k_new, v_new, seq_lens, host_table, k_host, v_host, k_pool, v_pool, slot_of, block_in, last_used,
-    slot_base, slot_count, step, summary, load_count, sink_blocks, code, summary_code, kind,
+    slot_base, slot_count, step, summary, value_summary, load_count, sink_blocks, code, summary_code, kind,
     bias_new, bias_host, bias_pool,
 ):  # fmt: skip
     num_rows, num_kv_heads, head_dim = k_new.shape
@@ -96,6 +96,8 @@ def append_kernel(
         last_used[slot] = step[0]
         if kind != NONE:
             summarize_tail(k_pool[slot], summary[page, h], offset, code, summary_code, kind)
+        if value_summary.size > 0:
+            summarize_tail(v_pool[slot], value_summary[page, h], offset, code, code, MEAN)
 
 
 def append(
@@ -118,6 +120,7 @@ def append(
     *,
     sink_blocks: int,
     summary_kind: Literal["none", "mean", "minmax", "cuboid"],
+    value_summary: Tensor | None = None,
     bias_new: Tensor | None = None,
     bias_host: Tensor | None = None,
     bias_pool: Tensor | None = None,
@@ -143,6 +146,7 @@ def append(
         load_count: int32 [1], set to 0.
         sink_blocks: blocks below this number are never evicted.
         summary_kind: what `summary` holds.
+        value_summary: [P, Hkv, W, D] means of the values of every sub-unit of C / W tokens, or None for none.
         bias_new: [B, Hkv], a bias per token that is kept beside K and V; None with the next two where there is none.
         bias_host: [P, Hkv, C].
         bias_pool: [L, C].
@@ -168,6 +172,7 @@ def append(
         slot_count.numpy(),
         step.numpy(),
         NO_SUMMARY if summary is None else as_numpy(summary),
+        NO_SUMMARY if value_summary is None else as_numpy(value_summary),
         load_count.numpy(),
         sink_blocks,
         code,

@@ -51,7 +51,7 @@ def summarize_tail(
     p_keys, p_summary, offset, stride_token, stride_w, UNIT: tl.constexpr, D: tl.constexpr,
     D_P2: tl.constexpr, ROWS: tl.constexpr, KIND: tl.constexpr,
 ):  # fmt: skip
-    """Write what the token at `offset` completes: keys [C, D] of one block -> summary [W, D]."""
+    """Write what the token at `offset` completes: keys or values [C, D] of one block -> summary [W, D]."""
     if (offset + 1) % UNIT == 0:
         tl.debug_barrier()  # the rows read here were written by other threads of this program
         o_d = tl.arange(0, D_P2)
@@ -85,6 +85,7 @@ def append_kernel(
     slot_count,  # [B, HKV]
     step,  # [1]
     summary,  # [P, HKV, W, D] or None
+    value_summary,  # [P, HKV, W', D] or None
     load_count,  # [1]
     bias_new,  # [B, HKV] or None, as the next two
     bias_host,  # [P, HKV, C]
@@ -104,6 +105,9 @@ def append_kernel(
     stride_s_page,
     stride_s_head,
     stride_s_w,
+    stride_vs_page,
+    stride_vs_head,
+    stride_vs_w,
     stride_b_row,
     stride_b_head,
     stride_b_page,
@@ -114,6 +118,7 @@ def append_kernel(
     HKV: tl.constexpr,
     C: tl.constexpr,
     UNIT: tl.constexpr,
+    V_UNIT: tl.constexpr,
     D: tl.constexpr,
     D_P2: tl.constexpr,
     ROWS: tl.constexpr,
@@ -170,6 +175,12 @@ def append_kernel(
                 summarize_tail(
                     p_keys, p_summary, offset, stride_pool_token, stride_s_w, UNIT, D, D_P2, ROWS, KIND
                 )
+            if V_UNIT:
+                p_values = v_pool + slot * stride_slot
+                p_summary = value_summary + page * stride_vs_page + i_h * stride_vs_head
+                summarize_tail(
+                    p_values, p_summary, offset, stride_pool_token, stride_vs_w, V_UNIT, D, D_P2, ROWS, "mean"
+                )
 
 
 def append(
@@ -192,6 +203,7 @@ def append(
     *,
     sink_blocks: int,
     summary_kind: Literal["none", "mean", "minmax", "cuboid"],
+    value_summary: Tensor | None = None,
     bias_new: Tensor | None = None,
     bias_host: Tensor | None = None,
     bias_pool: Tensor | None = None,
@@ -219,6 +231,7 @@ def append(
         load_count: int32 [1], set to 0.
         sink_blocks: blocks below this number are never evicted.
         summary_kind: what `summary` holds.
+        value_summary: [P, Hkv, W, D] means of the values of every sub-unit of C / W tokens, or None for none.
         bias_new: [B, Hkv], a bias per token that is kept beside K and V; None with the next two where there is none.
         bias_host: [P, Hkv, C], pinned host memory, last dim contiguous.
         bias_pool: [L, C], last dim contiguous.
@@ -233,6 +246,7 @@ def append(
     rows, heads, dim = k_new.shape
     block_size = k_pool.shape[1]
     unit = block_size if summary is None else unit_tokens(summary_kind, block_size, summary.shape[2])
+    value_unit = 0 if value_summary is None else block_size // value_summary.shape[2]
     append_kernel[(rows * heads,)](
         k_new,
         v_new,
@@ -249,6 +263,7 @@ def append(
         slot_count,
         step,
         summary,
+        value_summary,
         load_count,
         bias_new,
         bias_host,
@@ -260,15 +275,17 @@ def append(
         *k_pool.stride()[:2],
         *slot_of.stride()[:2],
         *(summary.stride()[:3] if summary is not None else (0, 0, 0)),
+        *(value_summary.stride()[:3] if value_summary is not None else (0, 0, 0)),
         *bias_strides,
         sink_blocks,
         id_range_of(slot_of, block_in),
         HKV=heads,
         C=block_size,
         UNIT=unit,
+        V_UNIT=value_unit,
         D=dim,
         D_P2=triton.next_power_of_2(dim),
-        ROWS=min(unit, TILE_ROWS),
+        ROWS=min(unit, value_unit or unit, TILE_ROWS),
         SLOTS=TILE_SLOTS,
         KIND=summary_kind,
         HAS_BIAS=bias_new is not None,

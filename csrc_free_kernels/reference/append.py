@@ -28,6 +28,7 @@ def append(
     *,
     sink_blocks: int,
     summary_kind: Literal["none", "mean", "minmax", "cuboid"],
+    value_summary: Tensor | None = None,
     bias_new: Tensor | None = None,
     bias_host: Tensor | None = None,
     bias_pool: Tensor | None = None,
@@ -56,6 +57,7 @@ def append(
         load_count: int32 [1], set to 0.
         sink_blocks: blocks below this number are never evicted.
         summary_kind: what `summary` holds.
+        value_summary: [P, Hkv, W, D] means of the values of every sub-unit of C / W tokens, or None for none.
         bias_new: [B, Hkv], a bias per token that is kept beside K and V; None with the next two where there is none.
         bias_host: [P, Hkv, C], host memory.
         bias_pool: [L, C].
@@ -89,6 +91,8 @@ def append(
             last_used[slot] = this_step
             if summary is not None and summary_kind != "none":
                 _summarize_tail(summary[page, h], k_pool[slot], offset, summary_kind)
+            if value_summary is not None:
+                _summarize_tail(value_summary[page, h], v_pool[slot], offset, "mean")
 
 
 def _claim(slot_of: Tensor, block_in: Tensor, slot: int, block: int) -> None:
@@ -99,7 +103,7 @@ def _claim(slot_of: Tensor, block_in: Tensor, slot: int, block: int) -> None:
 
 
 def _summarize_tail(summary: Tensor, keys: Tensor, offset: int, kind: str) -> None:
-    """Write what the token at `offset` completes: keys [C, D] of one block -> summary [W, D]."""
+    """Write what the token at `offset` completes: keys or values [C, D] of one block -> summary [W, D]."""
     unit = unit_tokens(kind, len(keys), len(summary))
     if (offset + 1) % unit == 0:
         entry = summarize(keys[offset + 1 - unit : offset + 1], kind).to(summary.dtype)

@@ -31,6 +31,7 @@ class FullLayer:
         capacity: int,
         summary_kind: str,
         summary_width: int,
+        value_width: int,
         max_pages: int,
         device: torch.device,
         bias_units: int = 0,
@@ -46,6 +47,7 @@ class FullLayer:
             capacity: slots per (row, KV head).
             summary_kind: `none`, `mean`, `minmax`, `cuboid`, or `own`: written by the method, not by the ops.
             summary_width: summary vectors per block (W).
+            value_width: mean values kept per block, for `selection.remainder`; 0 = none.
             max_pages: host pages that summaries must cover.
             device: of the pool.
             bias_units: parts of a block whose mean bias is kept, to rank blocks by; 0: the bias ranks nothing.
@@ -56,7 +58,8 @@ class FullLayer:
         self.host_blocks = host_blocks
         self.k_host, self.v_host = layout.split(host_blocks)
         self.bias_host = layout.bias(host_blocks)
-        self.summary_kind, self.summary_width, self.bias_units = summary_kind, summary_width, bias_units
+        self.summary_kind, self.summary_width, self.value_width = summary_kind, summary_width, value_width
+        self.bias_units = bias_units
         self.pool_blocks = torch.empty(
             1 + rows * spec.num_kv_heads * capacity, layout.elements, dtype=layout.dtype, device=device
         )
@@ -73,6 +76,7 @@ class FullLayer:
         self.counters = torch.zeros(rows, spec.num_kv_heads, NUM_COUNTERS, dtype=torch.int64, device=device)
         self.traffic = torch.zeros(len(TRAFFIC), dtype=torch.int64, device=device)
         self.summary: torch.Tensor | None = None
+        self.value_summary: torch.Tensor | None = None
         self.unit_bias: torch.Tensor | None = None
         """fp32 [pages, Hkv, bias_units]: mean bias of the parts of a block; unfinished ones may hold anything."""
         self.cover_pages(max_pages)
@@ -125,16 +129,25 @@ class FullLayer:
             self._views[key] = narrow
         return self._views[key]
 
+    @property
+    def by_page(self) -> list[torch.Tensor]:
+        """What is kept per host page: summaries of keys and of values, mean biases; those that there are."""
+        return [t for t in (self.summary, self.value_summary, self.unit_bias) if t is not None]
+
     def cover_pages(self, max_pages: int) -> bool:
         """Make what is kept per page reach `max_pages` host pages, keeping what it holds; returns whether it moved."""
-        heads, dtype = self.spec.num_kv_heads, self.layout.dtype
+        heads, dtype, dim = self.spec.num_kv_heads, self.layout.dtype, self.spec.head_dim
+        widths = {
+            "summary": (0 if self.summary_kind == "none" else self.summary_width, (dim,), dtype),
+            "value_summary": (self.value_width, (dim,), dtype),
+            "unit_bias": (self.bias_units, (), torch.float32),
+        }
         moved = False
-        if self.summary_kind != "none" and (self.summary is None or self.summary.shape[0] < max_pages):
-            vectors = (heads, self.summary_width, self.spec.head_dim)
-            self.summary, moved = self._longer(self.summary, max_pages, vectors, dtype), True
-        if self.bias_units and (self.unit_bias is None or self.unit_bias.shape[0] < max_pages):
-            numbers = (heads, self.bias_units)
-            self.unit_bias, moved = self._longer(self.unit_bias, max_pages, numbers, torch.float32), True
+        for name, (width, vector, kind) in widths.items():
+            old = getattr(self, name)
+            if width and (old is None or len(old) < max_pages):
+                setattr(self, name, self._longer(old, max_pages, (heads, width, *vector), kind))
+                moved = True
         if moved:
             self._views.clear()
         return moved
@@ -152,16 +165,8 @@ class FullLayer:
     @property
     def device_bytes(self) -> int:
         """Device memory of this layer's cache."""
-        tensors = (
-            self.pool_blocks,
-            self.summary,
-            self.unit_bias,
-            self.slot_of,
-            self.heat,
-            self.block_in,
-            self.last_used,
-        )
-        return sum(t.nbytes for t in tensors if t is not None)
+        tables = (self.pool_blocks, self.slot_of, self.heat, self.block_in, self.last_used)
+        return sum(t.nbytes for t in (*tables, *self.by_page))
 
 
 class SlidingLayer:

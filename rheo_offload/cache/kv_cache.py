@@ -58,7 +58,7 @@ class KVCache:
         capacity: int,
         block_size: int,
         sink_blocks: int,
-        summaries: Mapping[int, tuple[str, int]],
+        summaries: Mapping[int, tuple[str, int, int]],
         dtype: torch.dtype,
         device: torch.device,
         bias_units: Mapping[int, int] | None = None,
@@ -74,7 +74,7 @@ class KVCache:
             capacity: slots per (row, KV head).
             block_size: tokens per block.
             sink_blocks: leading blocks that are never dropped.
-            summaries: layer_idx -> (summary kind, summary width) of each full-attention layer.
+            summaries: layer_idx -> (summary kind, summary width, mean values per block) of each full-attention layer.
             dtype: of keys and values.
             device: of the pool.
             bias_units: layer_idx -> parts of a block whose mean bias is kept; left out: none.
@@ -118,9 +118,9 @@ class KVCache:
             assert self.store is not None
             i = spec.layer_idx
             layout = self.page.blocks[i]
-            kind, width = self.summaries[i]
+            kind, width, value_width = self.summaries[i]
             old = self.full.pop(i, None)
-            kept = (old.heat, old.counters, old.traffic, (old.summary, old.unit_bias)) if old else None
+            kept = (old.heat, old.counters, old.traffic, old.by_page) if old else None
             del old  # its pool goes before the new one comes
             shape = (spec.num_kv_heads, layout.elements)
             layer = FullLayer(
@@ -132,6 +132,7 @@ class KVCache:
                 capacity=capacity,
                 summary_kind=kind,
                 summary_width=width,
+                value_width=value_width,
                 max_pages=self._pages_to_cover(),
                 device=self.device,
                 bias_units=self.bias_units.get(i, 0),
@@ -139,10 +140,9 @@ class KVCache:
             if kept:
                 heat, layer.counters, layer.traffic, by_page = kept
                 layer.heat[..., : heat.shape[2]] = heat
-                for before, now in zip(by_page, (layer.summary, layer.unit_bias), strict=True):
-                    if before is not None and now is not None:
-                        pages = min(before.shape[0], now.shape[0])  # both cover every page that is held
-                        now[:pages] = before[:pages]
+                for new, had in zip(layer.by_page, by_page, strict=True):
+                    pages = min(len(had), len(new))  # both cover every page that is held
+                    new[:pages] = had[:pages]
             self.full[i] = layer
 
     def _pages_to_cover(self) -> int:
@@ -296,9 +296,8 @@ class KVCache:
         self.store.copy_page(source, target)
         self._cover_pages(target + 1)
         for layer in self.full.values():
-            for by_page in (layer.summary, layer.unit_bias):
-                if by_page is not None:
-                    by_page[target] = by_page[source]
+            for kept in layer.by_page:
+                kept[target] = kept[source]
 
     def _write_table(self, rows: Sequence[int]) -> None:
         for row in rows:

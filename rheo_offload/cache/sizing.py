@@ -92,7 +92,7 @@ def plan_memory(
         block_size: tokens per block.
         block_budget: blocks attended to per (row, KV head).
         capacity_ratio: slots over budget, used when `capacity_blocks` is None.
-        summary_width: summary vectors of D elements per block (0 when the method keeps none).
+        summary_width: summary vectors of D elements per block, mean values included (0 when none are kept).
         stage_blocks: blocks per (row, head) of the staging buffer, which holds one row at a time.
         dtype: of keys and values.
         workspace_bytes: estimate of `prefill_workspace_bytes`.

@@ -22,7 +22,7 @@ from rheo_offload.model.loader import DTYPES, PACKAGED_MODEL, prepare_packaged_m
 from rheo_offload.model.offload import DEVICE_RESERVE_BYTES
 from rheo_offload.model.specs import config_problems, layer_specs, max_positions, text_config
 from rheo_offload.selection.learned_bias import bias_sizes
-from rheo_offload.selection.policy import make_selector
+from rheo_offload.selection.policy import make_selector, mean_values
 from rheo_offload.types import LayerSpec
 
 GIB = 1 << 30
@@ -79,7 +79,8 @@ class Planner:
                 block_size=size,
                 block_budget=budget // size,
                 capacity_ratio=config.cache.capacity_ratio,
-                summary_width=selector.summary_width(size),
+                summary_width=selector.summary_width(size)
+                + mean_values(selector, config.selection.remainder, block_size=size),
                 stage_blocks=max(1, min(STAGE_BLOCKS, max_blocks, STAGE_BYTES // block_bytes)),
                 dtype=self.dtype,
                 workspace_bytes=self.workspace_bytes,

@@ -2,9 +2,10 @@
 
     append -> decide (score, select, resolve) -> attend_fetch (attend hits || load and attend misses) -> merge
 
-Four launches. Nothing here waits for the device, reads a device value or depends on one: lengths, tables and
-counts are tensors, and what the host decides (pages, lengths) it decides between steps. The step covers the first
-rows of the cache, as many as the forward has; a row whose length in this step is 0 reads and writes nothing.
+Four launches; with `selection.remainder` one more ahead of `attend_fetch`. Nothing here waits for the device, reads a
+device value or depends on one: lengths, tables and counts are tensors, and what the host decides (pages, lengths) it
+decides between steps. The step covers the first rows of the cache, as many as the forward has; a row whose length in
+this step is 0 reads and writes nothing.
 """
 
 from dataclasses import replace
@@ -13,9 +14,13 @@ from typing import TYPE_CHECKING
 import torch
 
 from rheo_offload.cache.device_pool import FullLayer, SlidingLayer
+from rheo_offload.cache.kv_cache import StepTables
 from rheo_offload.execution import token_bias
+from rheo_offload.execution.attention_heat import fold_attention
 from rheo_offload.execution.dense_rounds import attend_everything
+from rheo_offload.execution.refine import attend_tokens
 from rheo_offload.execution.summaries import summarize_tails
+from rheo_offload.execution.workspace import DecodeWorkspace
 from rheo_offload.selection.learned_bias import LearnedBias, keeps_heat
 from rheo_offload.types import AttentionCall
 
@@ -38,7 +43,7 @@ def decode_full(ex: "Executor", layer: FullLayer, call: AttentionCall) -> torch.
     rows = slice(0, call.q.shape[0])
     layer, now = layer.view(rows), cache.tables(rows)
     policy, selector = ex.policy_of(layer), ex.selector_of(layer)
-    ws = ex.workspace_of(layer)
+    ws, heat_rule = ex.workspace_of(layer), ex.attention_heat_of(layer)
     q = call.q[:, :, 0]
     tables = (layer.slot_of, layer.block_in, layer.last_used, layer.slot_base, layer.slot_count, now.step)
 
@@ -46,8 +51,9 @@ def decode_full(ex: "Executor", layer: FullLayer, call: AttentionCall) -> torch.
         ops.append(
             call.k[:, :, 0], call.v[:, :, 0], now.lens, now.host_table,
             layer.k_host, layer.v_host, layer.k_pool, layer.v_pool,
-            *tables, layer.op_summary, ws.load_count, sink_blocks=cache.sink_blocks,
-            summary_kind=layer.op_summary_kind, **token_bias.for_append(layer, call),
+            *tables, layer.op_summary, ws.load_count,
+            sink_blocks=cache.sink_blocks, summary_kind=layer.op_summary_kind, value_summary=layer.value_summary,
+            **token_bias.for_append(layer, call),
         )  # fmt: skip
         if layer.summary_kind == "own":
             summarize_tails(ex, layer, now)
@@ -69,57 +75,88 @@ def decode_full(ex: "Executor", layer: FullLayer, call: AttentionCall) -> torch.
     with ex.region("decide"):
         ops.decide(
             q, layer.summary, layer.heat if keeps_heat(selector) else None, now.lens, now.host_table,
-            *tables, ws.logits, ws.arrivals, ws.block_scores if selector.query_aware else None,
+            *tables, ws.logits, ws.arrivals, ws.block_scores if selector.score_kind != "none" else None,
             ws.selected_blocks, ws.num_selected, ws.hit_slots, ws.miss_slots,
             ws.load_src, ws.load_dst, ws.load_at, ws.load_count, layer.counters,
             score=selector.score_kind, softmax_scale=call.softmax_scale, block_size=cache.block_size,
             sink_blocks=policy.sink_blocks, recent_blocks=policy.recent_blocks,
             query_blocks=policy.query_blocks, agnostic_blocks=policy.agnostic_blocks,
-            heat_decay=policy.heat_decay, normalise=selector.normalise,
+            heat_decay=policy.heat_decay, normalise="none" if heat_rule else selector.normalise,
         )  # fmt: skip
     if ex.observer is not None and not ex.is_dense(layer):
         ex.observer.note(layer, ws)
 
-    logits = dict(softmax_scale=call.softmax_scale, soft_cap=call.soft_cap, window=None)
-    logits |= token_bias.for_logits(call, layer.bias_pool)
-    pool, parts = (layer.k_pool, layer.v_pool, ws.selected_blocks), (ws.out_parts, ws.lse_parts)
-    loads = (ws.load_src, ws.load_dst, ws.load_at, ws.load_count)
-    blocks = (layer.host_blocks, layer.pool_blocks, layer.traffic_of("loaded"))
-    late = {"splits": ws.hit_splits, "late_slots": ws.miss_slots}
-    if ex.overlap:
-        with ex.region("attend"):
-            ops.attend_fetch(
-                q,
-                *pool,
-                ws.hit_slots,
-                ws.miss_slots,
-                now.lens,
-                *loads,
-                *blocks,
-                ws.hit_splits,
-                *parts,
-                **logits,
-            )
-    else:  # as systems do that fetch, then attend: for comparison
-        with ex.region("gather"):
-            ops.gather(ws.load_src, ws.load_dst, ws.load_count, *blocks)
-        parts, late = (ws.out_parts[: ws.hit_splits], ws.lse_parts[: ws.hit_splits]), {}
-        with ex.region("attend"):
-            ops.attend(q, *pool, torch.maximum(ws.hit_slots, ws.miss_slots), now.lens, *parts, **logits)
     out = torch.empty_like(q, memory_format=torch.contiguous_format)
-    with ex.region("merge"):
-        ops.merge(*parts, call.sinks, out, ws.lse, **late)
+    token_rule = ex.token_rule_of(layer)
+    if token_rule is not None:
+        with ex.region("gather"):
+            ops.gather(
+                ws.load_src, ws.load_dst, ws.load_count,
+                layer.host_blocks, layer.pool_blocks, layer.traffic_of("loaded"),
+            )  # fmt: skip
+        with ex.region("refine"):
+            attend_tokens(ex, layer, call, ws, now.lens, token_rule, out)
+    else:
+        _attend_blocks(ex, layer, call, ws, now, out)
+    if heat_rule is not None:
+        with ex.region("heat"):
+            fold_attention(ex, layer, call, ws, now.lens, heat_rule)
     if ex.audit_now:
-        _audit(ex, layer, call, ws.lse)
+        _audit(ex, layer, call, ws.lse_of_selected(), out)
     return out
 
 
-def _audit(ex: "Executor", layer: FullLayer, call: AttentionCall, lse: torch.Tensor) -> None:
-    """Attend to everything for one row, and note what share of it the selection captured."""
+def _attend_blocks(
+    ex: "Executor",
+    layer: FullLayer,
+    call: AttentionCall,
+    ws: DecodeWorkspace,
+    now: StepTables,
+    out: torch.Tensor,
+) -> None:
+    """Attend to the selected blocks, while the missing ones come, and merge into `out` [B, Hq, D]."""
+    ops, q, cache = ex.ops, call.q[:, :, 0], ex.cache
+    logits = dict(softmax_scale=call.softmax_scale, soft_cap=call.soft_cap, window=None)
+    logits |= token_bias.for_logits(call, layer.bias_pool)
+    pool = (layer.k_pool, layer.v_pool, ws.selected_blocks)
+    blocks = (layer.host_blocks, layer.pool_blocks, layer.traffic_of("loaded"))
+    early = ws.estimate_splits + ws.hit_splits  # parts that there always are
+    if layer.value_summary is not None:
+        with ex.region("estimate"):
+            ops.attend_centroids(
+                q, layer.summary, layer.value_summary, now.host_table, now.lens, ws.selected_blocks, *ws.estimated,
+                softmax_scale=call.softmax_scale, soft_cap=call.soft_cap, block_size=cache.block_size,
+            )  # fmt: skip
+    if ex.overlap:
+        with ex.region("attend"):
+            ops.attend_fetch(
+                q, *pool, ws.hit_slots, ws.miss_slots, now.lens,
+                ws.load_src, ws.load_dst, ws.load_at, ws.load_count, *blocks, ws.hit_splits, *ws.attended, **logits,
+            )  # fmt: skip
+        with ex.region("merge"):
+            ops.merge(
+                ws.out_parts, ws.lse_parts, call.sinks, out, ws.lse, splits=early, late_slots=ws.miss_slots
+            )
+        return
+    # as systems do that fetch, then attend: for comparison
+    with ex.region("gather"):
+        ops.gather(ws.load_src, ws.load_dst, ws.load_count, *blocks)
+    hits = [parts[: ws.hit_splits] for parts in ws.attended]
+    with ex.region("attend"):
+        ops.attend(q, *pool, torch.maximum(ws.hit_slots, ws.miss_slots), now.lens, *hits, **logits)
+    with ex.region("merge"):
+        ops.merge(ws.out_parts[:early], ws.lse_parts[:early], call.sinks, out, ws.lse)
+
+
+def _audit(
+    ex: "Executor", layer: FullLayer, call: AttentionCall, lse: torch.Tensor, out: torch.Tensor
+) -> None:
+    """Attend to everything for one row, and note what share of it the selection captured and how far `out` is off."""
     row = ex.audit.row(layer.rows)
     alone = ex.cache.full[layer.spec.layer_idx].view(row)
     everything = replace(call, q=call.q[row], k=call.k[row], v=call.v[row])  # the bias is read from the cache
-    ex.audit.record(alone, lse[row], attend_everything(ex, alone, everything, row, purpose="audited")[1])
+    dense, lse_all = attend_everything(ex, alone, everything, row, purpose="audited")
+    ex.audit.record(alone, lse[row], lse_all, out[row], dense)
 
 
 def decode_sliding(ex: "Executor", layer: SlidingLayer, call: AttentionCall) -> torch.Tensor:

@@ -22,6 +22,8 @@ from rheo_offload.execution.workspace import DecodeWorkspace, RingWorkspace, Rou
 from rheo_offload.ops import kernels_for
 from rheo_offload.selection.base import LayerSelectors, Selector
 from rheo_offload.selection.full import Full
+from rheo_offload.selection.heat_ranked import AttentionHeat, HeatRanked
+from rheo_offload.selection.refined import TokenRule, token_rule_of
 from rheo_offload.types import AttentionCall, Policy
 
 # Longest staging buffer, in blocks of one (row, head), and how many bytes it may take for a whole batch.
@@ -39,6 +41,7 @@ class Executor:
         policy: Policy,
         *,
         dense_layers: Sequence[int] = (),
+        heat_from: str = "scores",
         kernels: str = "auto",
         overlap: bool = True,
         audit_every: int = 0,
@@ -51,6 +54,7 @@ class Executor:
             selector: the method.
             policy: its budget in blocks.
             dense_layers: layers that attend to everything.
+            heat_from: `scores` of the method, or `attention`, the weights of what was read in their place.
             kernels: as `ops.kernels_for`.
             overlap: load missing blocks beside the attention over the resident ones, not ahead of it.
             audit_every: decode steps between two measurements of the captured mass; 0 = never.
@@ -68,6 +72,7 @@ class Executor:
         self.decode_steps = 0
         self.profiler: Callable[[str], AbstractContextManager[None]] | None = None
         self._dense, self._full = frozenset(dense_layers), Full()
+        self._heat_from = heat_from
         self._capacity_for = capacity_for
         self._first = min([*cache.full, *cache.sliding])
         self._last = max([*cache.full, *cache.sliding])
@@ -235,6 +240,23 @@ class Executor:
             agnostic_blocks=0,
         )
 
+    def token_rule_of(self, layer: FullLayer) -> TokenRule | None:
+        """Return which tokens of the selected blocks the layer attends to; None: all of them."""
+        return token_rule_of(self.selector_of(layer))
+
+    def attention_heat_of(self, layer: FullLayer) -> AttentionHeat | None:
+        """Return how the weights of a step's attention enter the layer's heat; None: they do not."""
+        selector = self.selector_of(layer)
+        if isinstance(selector, HeatRanked):
+            return selector.attention_heat
+        if self._heat_from == "attention" and selector.query_aware:
+            return AttentionHeat(self.policy.heat_decay)
+        return None
+
+    def starts_from_attention(self, layer: FullLayer) -> bool:
+        """Whether a prompt leaves the weights of its last queries as the layer's heat, in place of their scores."""
+        return isinstance(self.selector_of(layer), HeatRanked) or self.attention_heat_of(layer) is not None
+
     def workspace_of(self, layer: FullLayer) -> DecodeWorkspace:
         """Return the decode scratch that all layers of this geometry and budget share."""
         budget = 1 if self.is_streamed(layer) else self.policy_of(layer).block_budget
@@ -257,6 +279,7 @@ class Executor:
                 block_budget=budget,
                 block_bytes=layer.layout.block_bytes,
                 summary_width=layer.summary_width,
+                estimates=layer.value_width > 0,
                 device=layer.device,
             )
         return self._workspaces[key]

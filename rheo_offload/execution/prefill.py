@@ -13,6 +13,7 @@ import torch
 from rheo_offload.cache import residency
 from rheo_offload.cache.device_pool import FullLayer, SlidingLayer
 from rheo_offload.execution import token_bias
+from rheo_offload.execution.attention_heat import PromptMass
 from rheo_offload.execution.summaries import summarize_chunk
 from rheo_offload.execution.workspace import SelectionLists
 from rheo_offload.selection.base import normalised
@@ -62,6 +63,8 @@ def prefill_full(ex: "Executor", layer: FullLayer, call: AttentionCall, chunk: C
     table, slot_of = cache.host_table[chunk.rows], layer.slot_of[chunk.rows]
     size = cache.block_size
     longest = cache.blocks_of(max(chunk.before))
+    starts = ex.wants_heat and ex.starts_from_attention(layer) and not ex.is_streamed(layer)
+    mass = PromptMass(call, layer, cache.max_blocks, HEAT_QUERIES) if starts else None
     if longest:
         staging = ex.staging(layer, len(chunk.before))
         k, v = layer.layout.split(staging)
@@ -74,7 +77,22 @@ def prefill_full(ex: "Executor", layer: FullLayer, call: AttentionCall, chunk: C
             tokens = (chunk.history - first * size).clamp(0, staging.shape[2] * size)
             key_start = torch.full_like(chunk.start, first * size)
             _fold(ops, call, k, v, chunk.start, key_start, tokens, partial, bias=bias)
+            if mass is not None:
+                mass.add_history(k, first, tokens)
     _fold_chunk(ops, call, chunk.start, partial)
+    _store(ex, layer, call, chunk)
+    if mass is not None:
+        mass.add_chunk(chunk.start, size)
+        layer.heat[chunk.rows] = mass.heat(partial[1], ex.attention_heat_of(layer))
+    elif ex.wants_heat:
+        _start_heat(ex, layer, call, chunk)
+    return _finish(call, partial)
+
+
+def _store(ex: "Executor", layer: FullLayer, call: AttentionCall, chunk: Chunk) -> None:
+    """Write the chunk's keys and values to host pages and slots, and the summaries of what they complete."""
+    cache, ops = ex.cache, ex.ops
+    table, slot_of = cache.host_table[chunk.rows], layer.slot_of[chunk.rows]
     for b, row in enumerate(range(chunk.rows.start, chunk.rows.stop)):
         # Only blocks that begin in this chunk: a slot for an older one would miss the tokens it already has.
         residency.claim_in_order(
@@ -91,9 +109,10 @@ def prefill_full(ex: "Executor", layer: FullLayer, call: AttentionCall, chunk: C
         ops.summarize_chunk(
             call.k, chunk.start, table, layer.k_host, layer.summary, summary_kind=layer.summary_kind
         )
-    if ex.wants_heat:
-        _start_heat(ex, layer, call, chunk)
-    return _finish(call, partial)
+    if layer.value_summary is not None:
+        ops.summarize_chunk(
+            call.v, chunk.start, table, layer.v_host, layer.value_summary, summary_kind="mean"
+        )
 
 
 def prefill_sliding(ex: "Executor", layer: SlidingLayer, call: AttentionCall, chunk: Chunk) -> torch.Tensor:

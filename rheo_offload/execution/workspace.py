@@ -25,7 +25,8 @@ class SelectionLists:
 class DecodeWorkspace(SelectionLists):
     """Scratch for one geometry: rows x KV heads x query heads x head dim, N blocks, S selected.
 
-    `out_parts` holds the partials of the hits first (`hit_splits`), then those of the loaded misses.
+    `out_parts` holds the estimated remainder first (`estimate_splits`, with `selection.remainder`), then the partials
+    of the hits (`hit_splits`), then those of the loaded misses.
     """
 
     def __init__(
@@ -39,6 +40,7 @@ class DecodeWorkspace(SelectionLists):
         block_budget: int,
         block_bytes: int,
         summary_width: int,
+        estimates: bool,
         device: torch.device,
     ) -> None:
         super().__init__(rows, num_kv_heads, block_budget, device)
@@ -52,10 +54,31 @@ class DecodeWorkspace(SelectionLists):
         self.block_scores = floats(rows, num_kv_heads, max_blocks)
         heads = rows * num_kv_heads
         self.hit_splits: int = of_kernels("launch", "attend_splits")(heads, block_budget, device)
-        parts = self.hit_splits + of_kernels("launch", "late_parts")(block_budget, block_bytes)
+        self.estimate_splits: int = (
+            of_kernels("launch", "estimate_splits")(heads, max_blocks, device) if estimates else 0
+        )
+        parts = self.estimate_splits + self.hit_splits
+        parts += of_kernels("launch", "late_parts")(block_budget, block_bytes)
         self.out_parts = floats(parts, rows, num_q_heads, head_dim)
         self.lse_parts = floats(parts, rows, num_q_heads)
         self.lse = floats(rows, num_q_heads)
+
+    @property
+    def estimated(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """The parts of the estimated remainder: out [T, B, Hq, D] and lse [T, B, Hq]."""
+        return self.out_parts[: self.estimate_splits], self.lse_parts[: self.estimate_splits]
+
+    @property
+    def attended(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """The parts of what is attended to: those of the hits, then those of the loaded misses."""
+        return self.out_parts[self.estimate_splits :], self.lse_parts[self.estimate_splits :]
+
+    def lse_of_selected(self) -> torch.Tensor:
+        """Return the lse [B, Hq] of the keys that were attended to, without what was estimated."""
+        if not self.estimate_splits:
+            return self.lse
+        estimated = torch.logsumexp(self.estimated[1], 0)
+        return self.lse + torch.log1p(-torch.exp(estimated - self.lse).clamp(max=1.0))
 
 
 class RingWorkspace:

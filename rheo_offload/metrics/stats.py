@@ -37,6 +37,8 @@ class Stats:
     """Write-through of new keys and values."""
     captured_mass_mean: float | None
     captured_mass_min: float | None
+    output_error_mean: float | None
+    """Distance of the attention output from the dense one, relative to it; mean over audited steps and layers."""
     audited_steps: int
     device_kv_bytes: int
     dense_kv_bytes: int
@@ -62,6 +64,7 @@ class Stats:
             ("decode rate", "-" if self.decode_tps is None else f"{self.decode_tps:.1f} tok/s"),
             ("hit rate (without forced blocks)", f"{_share(self.hit_rate)} ({_share(self.hit_rate_unforced)})"),
             ("captured attention mass, mean / min", f"{mass} / {_share(self.captured_mass_min)}"),
+            ("attention output, relative error", _share(self.output_error_mean)),
             ("blocks selected / missed / evicted", f"{blocks} / {self.evicted_blocks:,}"),
             ("host to device, misses", _mib(self.h2d_bytes)),
             ("host to device, warm-up / prefill", f"{_mib(self.warm_h2d_bytes)} / {_mib(self.prefill_h2d_bytes)}"),

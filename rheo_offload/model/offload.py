@@ -35,7 +35,7 @@ from rheo_offload.model.specs import config_problems, layer_specs, max_positions
 from rheo_offload.ops import kernels_for
 from rheo_offload.selection.base import LayerSelectors, Selector
 from rheo_offload.selection.learned_bias import LearnedBias, bias_sizes
-from rheo_offload.selection.policy import METHODS, make_policy, make_selector
+from rheo_offload.selection.policy import METHODS, check_heat, make_policy, make_selector, mean_values
 from rheo_offload.selection.seer_r import SeerR
 from rheo_offload.types import LayerSpec
 
@@ -69,6 +69,8 @@ class RheoHandle:
             )
         selection, size = config.selection, config.cache.block_size
         method = make_selector(selection.method, selection.params, block_size=size)
+        check_heat(method, selection.heat_from)
+        self._mean_values = mean_values(method, selection.remainder, block_size=size)
         self._selector = _with_weights(method, model, self.specs, selection.dense_layers)
         self._heads: dict[int, BiasHead] = {}
         if isinstance(method, LearnedBias):
@@ -189,11 +191,13 @@ class RheoHandle:
         store = self._open_store(page, config, is_cuda(device))
         summaries = {}
         for spec in self.specs:
-            kept = METHODS["full"]() if spec.layer_idx in config.selection.dense_layers else selector
-            summaries[spec.layer_idx] = (kept.summary_kind, kept.summary_width(size))
+            dense = spec.layer_idx in config.selection.dense_layers
+            kept = METHODS["full"]() if dense else selector
+            values = 0 if dense else self._mean_values
+            summaries[spec.layer_idx] = (kept.summary_kind, kept.summary_width(size), values)
 
         def capacity_for(blocks: int, reclaimed_bytes: int = 0) -> int:
-            width = selector.summary_width(size)
+            width = selector.summary_width(size) + self._mean_values
             return self._capacity(config, rows, blocks, block_budget, width, dtype, device, reclaimed_bytes)
 
         def allocate(capacity: int) -> KVCache:
@@ -219,6 +223,7 @@ class RheoHandle:
             selector,
             policy,
             dense_layers=config.selection.dense_layers,
+            heat_from=config.selection.heat_from,
             kernels=config.execution.kernels,
             overlap=config.prefetch.overlap,
             audit_every=config.audit.every,

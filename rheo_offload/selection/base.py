@@ -30,12 +30,18 @@ class Selector(Protocol):
         """What `append` and `summarize_chunk` write for this method; `own`: nothing, it is a `Summarizer` itself."""
         ...
 
-    normalise: ClassVar[Normalise]
-    """How block scores become heat."""
+    @property
+    def normalise(self) -> Normalise:
+        """How block scores become heat."""
+        ...
+
     query_aware: ClassVar[bool]
     """Whether the method scores at all (False: forced blocks only)."""
-    score_kind: ClassVar[ScoreKind]
-    """Which scorer the op `decide` runs in its own launch; `given`: none has been built in, call `score` first."""
+
+    @property
+    def score_kind(self) -> ScoreKind:
+        """Which scorer the op `decide` runs in its own launch; `given`: none has been built in, call `score` first."""
+        ...
 
     def summary_width(self, block_size: int) -> int:
         """Return the number of D-wide summary vectors per block (W).

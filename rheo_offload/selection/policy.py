@@ -10,14 +10,16 @@ from rheo_offload.selection.arkvale import ArkVale
 from rheo_offload.selection.base import LayerSelectors, Selector
 from rheo_offload.selection.dma import DMA
 from rheo_offload.selection.full import Full
+from rheo_offload.selection.heat_ranked import H2O, TOVA, HeatRanked, SnapKV
 from rheo_offload.selection.infllm_v2 import InfLLMV2
-from rheo_offload.selection.learned_bias import keeps_heat
+from rheo_offload.selection.learned_bias import LearnedBias, keeps_heat
 from rheo_offload.selection.lserve import LServe
 from rheo_offload.selection.mean_key import MeanKey
 from rheo_offload.selection.moba import MoBA
 from rheo_offload.selection.nosa import NOSA
 from rheo_offload.selection.nsa_select import NSASelect
 from rheo_offload.selection.quest import Quest
+from rheo_offload.selection.refined import Hisa, TokenSelect, token_rule_of
 from rheo_offload.selection.seer_r import SeerR
 from rheo_offload.selection.streaming import Streaming
 from rheo_offload.types import Policy
@@ -25,20 +27,10 @@ from rheo_offload.types import Policy
 METHODS: dict[str, type[Selector]] = {
     m.name: m
     for m in (
-        ArkVale,
-        DMA,
-        Full,
-        InfLLMV2,
-        LServe,
-        MeanKey,
-        MoBA,
-        NOSA,
-        NSASelect,
-        Quest,
-        SeerR,
-        Streaming,
-    )  # fmt: skip
-}
+        H2O, TOVA, DMA, NOSA, ArkVale, Full, Hisa, InfLLMV2, LServe, MeanKey, MoBA, NSASelect, Quest, SeerR,
+        SnapKV, Streaming, TokenSelect,
+    )
+}  # fmt: skip
 
 
 def make_selector(method: str, params: Mapping[str, Any], *, block_size: int) -> Selector:
@@ -67,6 +59,49 @@ def make_selector(method: str, params: Mapping[str, Any], *, block_size: int) ->
     return selector
 
 
+def mean_values(selector: Selector, remainder: str, *, block_size: int) -> int:
+    """Return the mean values a block keeps on the device: as many as mean keys with `centroid`, 0 with `none`.
+
+    Raises:
+        ConfigError: the method keeps no mean keys that could stand for what it leaves out, or leaves nothing out.
+    """
+    if remainder == "none":
+        return 0
+    if token_rule_of(selector) is not None:
+        raise ConfigError(
+            f"selection.remainder {remainder!r} stands for whole blocks, and method {selector.name!r} leaves out "
+            "single tokens; use selection.remainder none"
+        )
+    if isinstance(selector, LearnedBias):
+        raise ConfigError(
+            f"selection.remainder {remainder!r} would leave out the bias that method {selector.name!r} adds to the "
+            "logits; use selection.remainder none"
+        )
+    if selector.summary_kind != "mean":
+        raise ConfigError(
+            f"selection.remainder {remainder!r} needs the mean keys of the blocks, which method {selector.name!r} does "
+            "not keep; use mean_key, moba, infllm_v2 or arkvale with digest centroid, or selection.remainder none"
+        )
+    return selector.summary_width(block_size)
+
+
+def check_heat(selector: Selector, heat_from: str) -> None:
+    """Refuse heat from attention for a method that has no use for heat, or does not attend to whole blocks.
+
+    Raises:
+        ConfigError: why not.
+    """
+    if heat_from == "attention" and token_rule_of(selector) is not None:
+        raise ConfigError(
+            f"selection.heat_from: method {selector.name!r} attends to single tokens, which say nothing of a block; "
+            "use scores"
+        )
+    if heat_from == "attention" and (not selector.query_aware or isinstance(selector, LearnedBias)):
+        raise ConfigError(
+            f"selection.heat_from: method {selector.name!r} keeps no heat that attention could feed; use scores"
+        )
+
+
 def make_policy(
     *,
     selector: Selector | LayerSelectors,
@@ -78,13 +113,14 @@ def make_policy(
 ) -> Policy:
     """Split a budget into forced, query-aware and query-agnostic blocks.
 
-    The share is of what the forced blocks leave. A method that does not score gives all of it to the blocks that rank
-    highest without a query, and without such a rank to the recent blocks.
+    The share is of what the forced blocks leave. A method whose query does not choose gives all of it to the blocks
+    that rank highest without one (by heat or by a learned bias), and without such a rank to the recent blocks.
     """
     rest = block_budget - sink_blocks - recent_blocks
     if not keeps_heat(selector):
         recent_blocks, rest = recent_blocks + rest, 0
-    agnostic = round(rest * query_agnostic_share) if selector.query_aware else rest
+    by_query = selector.query_aware and not isinstance(selector, HeatRanked)
+    agnostic = round(rest * query_agnostic_share) if by_query else rest
     return Policy(
         block_budget=block_budget,
         sink_blocks=sink_blocks,

@@ -60,11 +60,12 @@ def build(case: str):
     return pools, k_new, v_new, summary, kind, bias_new
 
 
-def run(op, p, k_new, v_new, summary, load_count, kind, bias_new=None):
+def run(op, p, k_new, v_new, summary, load_count, kind, bias_new=None, **kw):
     bias = {} if bias_new is None else dict(bias_new=bias_new, bias_host=p.bias_host, bias_pool=p.bias_pool)
     op(
         k_new, v_new, p.seq_lens, p.host_table, p.k_host, p.v_host, p.k_pool, p.v_pool, p.slot_of, p.block_in,
-        p.last_used, p.slot_base, p.slot_count, p.step, summary, load_count, sink_blocks=1, summary_kind=kind, **bias,
+        p.last_used, p.slot_base, p.slot_count, p.step, summary, load_count, sink_blocks=1, summary_kind=kind,
+        **bias, **kw,
     )  # fmt: skip
 
 
@@ -128,3 +129,33 @@ def test_token_by_token(op, device):
     assert sorted(pools.block_in[pools.block_in >= 0].tolist()) == [0, 3, 4]
     slots = pools.slot_of[0, 0, [0, 3, 4]].long()
     assert torch.equal(pools.k_pool[slots].cpu(), pools.k_host[pages[[0, 3, 4]], 0])
+
+
+@pytest.mark.parametrize(
+    "case", ["ragged-inactive", "sub-units-fp16", "cuboid-bf16", "no-summary", "no-candidate"]
+)
+@pytest.mark.parametrize(("op", "device"), homes("append"))
+def test_means_of_the_values(op, device, case):
+    """They are completed beside the summary of the keys, whatever its kind, and change nothing else."""
+    pools, k_new, v_new, summary, kind = build(case)
+
+    def outcome(op, device, dtype=None, width=1):
+        p = pools.copy(device, dtype)
+        new = [t.to(device, dtype or t.dtype) for t in (k_new, v_new)]
+        s = None if summary is None else summary.to(device, dtype or summary.dtype, copy=True)
+        shape = (len(pools.host), k_new.shape[1], width, k_new.shape[2])
+        means = poison(*shape, dtype=dtype or k_new.dtype, device=device)
+        count = torch.zeros(1, dtype=torch.int32, device=device)
+        run(op, p, *new, s, count, kind, value_summary=means)
+        return p, means
+
+    for width in (1, 2):
+        expected, plain = outcome(reference, "cpu", width=width)
+        _, truth = outcome(reference, "cpu", torch.float64, width=width)
+        got, means = outcome(op, device, width=width)
+        assert_same(got, expected)
+        assert_close_where_written(means, truth, plain, k_new.dtype)
+    if case == "ragged-inactive":
+        block = pools.v_host[pools.host_table[3, 0], :].clone()
+        block[:, 7] = v_new[3]
+        torch.testing.assert_close(outcome(op, device)[1][pools.host_table[3, 0], :, 0].cpu(), block.mean(1))

@@ -95,6 +95,23 @@ class World:
             self.lse_parts,
         ), PLAIN | self.logit_bias | kw
 
+    def attend_centroids(self, **kw):
+        means = (self.summary, self.summary, self.host_table, self.rows, self.selected)
+        sizes = {"softmax_scale": 0.1, "soft_cap": None, "block_size": 64}
+        return (self.q, *means, self.parts, self.lse_parts), sizes | kw
+
+    def block_mass(self, **kw):
+        args = (
+            self.q,
+            self.k_pool,
+            self.selected,
+            self.slots,
+            self.rows,
+            self.lse_parts[0],
+            self.heat[:, :, :64],
+        )
+        return args, {"softmax_scale": 0.1, "soft_cap": None} | kw
+
     def merge(self):
         late = {"splits": 5, "late_slots": self.slots}
         return (self.parts, self.lse_parts, self.q[0, :, 0], self.q, self.lse_parts[0]), late
@@ -106,7 +123,7 @@ class World:
         chunk = (x[:, :, :queries] for x in (self.chunk_out, self.chunk_lse))
         return (self.q_chunk[:, :, :queries], *kv, self.rows, self.rows, self.rows, *chunk), PLAIN | kw
 
-    def append(self, kind, *, bias=False):
+    def append(self, kind, *, bias=False, values=False):
         tables = (self.slot_of, self.block_in, self.last_used, self.slot_base, self.slot_count, self.step)
         pools = (self.k_host, self.v_host, self.k_pool, self.v_pool)
         summary = None if kind == "none" else self.summary
@@ -114,7 +131,8 @@ class World:
         numbers = (
             dict(bias_new=self.bias_new, bias_host=self.bias_host, bias_pool=self.bias_pool) if bias else {}
         )
-        return args, {"sink_blocks": 1, "summary_kind": kind} | numbers
+        means = {"value_summary": self.summary if values else None}
+        return args, {"sink_blocks": 1, "summary_kind": kind} | means | numbers
 
     def append_numbers(self):
         new, host, pool = (x[..., None] for x in (self.bias_chunk, self.bias_host, self.bias_pool))
@@ -236,6 +254,17 @@ CASES = {
     ),
     "attend-bias": ("attend", lambda: World(bias=True).attend(), (90,), True),
     "attend-fp32": ("attend", lambda: World(dtype=FP32).attend(), (90,), True),
+    "attend_centroids": ("attend_centroids", lambda: World(W=1).attend_centroids(), (80, 90), True),
+    "attend_centroids-d256-cap": (
+        "attend_centroids",
+        lambda: World(D=256).attend_centroids(soft_cap=50.0),
+        (80, 90),
+        True,
+    ),
+    "attend_centroids-fp32": ("attend_centroids", lambda: World(dtype=FP32).attend_centroids(), (90,), True),
+    "block_mass": ("block_mass", lambda: World().block_mass(), (80, 90), True),
+    "block_mass-d256-cap": ("block_mass", lambda: World(D=256).block_mass(soft_cap=50.0), (80, 90), True),
+    "block_mass-fp32": ("block_mass", lambda: World(dtype=FP32).block_mass(), (90,), True),
     "merge": ("merge", lambda: World().merge(), (80, 90), False),
     "prefill": ("prefill_attention", lambda: World().prefill_attention(), (80, 89, 90), True),
     "prefill-staged": ("prefill_attention", lambda: World().prefill_attention(staged=True), (90,), True),
@@ -271,6 +300,7 @@ CASES = {
     "rank_bias-windows": ("rank_bias", lambda: World().rank_bias("windows", 4), (80, 90), False),
     "rank_bias-median": ("rank_bias", lambda: World().rank_bias("median", 64), (80, 90), False),
     "append-cuboid": ("append", lambda: World(W=2).append("cuboid"), (80, 90), False),
+    "append-values": ("append", lambda: World(W=1).append("mean", values=True), (80, 90), False),
     "append_chunk": ("append_chunk", lambda: World().append_chunk(), (80, 90), True),
     "append_chunk-bias": ("append_chunk", lambda: World().append_numbers(), (90,), False),
     "summarize_chunk-bias": ("summarize_chunk", lambda: World().summarize_numbers(4), (90,), False),

@@ -39,6 +39,12 @@ PUBLISHED = {  # block size, budget, sink, recent, share, method
         ("lserve", {"page_size": 64}, "power of two, 4 to cache.block_size (32), not 64"),
         ("moba", {"group_by": "sum"}, "selection.params.group_by must be one of max, mean, not 'sum'"),
         ("arkvale", {"digest": "sphere"}, "digest must be one of cuboid-mean, cuboid-max, centroid"),
+        (
+            "hisa",
+            {"scorer": "full"},
+            "scorer must be one of infllm_v2, lserve, mean_key, moba, quest, not 'full'",
+        ),
+        ("token_select", {"tokens": -1}, "selection.params.tokens must be at least 1, not -1"),
         ("arkvale", {"shared_by": ["layer"]}, "shared_by must be one of layer, kv_head, not ['layer']"),
     ],
 )
@@ -59,6 +65,10 @@ def test_a_bad_parameter_is_refused_by_name(method, params, message):
         ("arkvale", {}, 2),
         ("arkvale", {"digest": "centroid"}, 1),
         ("infllm_v2", {}, 4),
+        ("hisa", {}, 1),
+        ("hisa", {"scorer": "lserve"}, 8),
+        ("token_select", {"tokens": 3}, 1),
+        ("h2o", {}, 0),
     ],
 )
 def test_parameters_decide_the_summary(method, params, width):
