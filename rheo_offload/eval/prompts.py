@@ -67,19 +67,23 @@ class Source:
             )
         return text[skip : skip + num_tokens]
 
-    def buried(self, num_tokens: int, facts: Iterable[tuple[float, str]], question: str) -> Prompt:
+    def buried(
+        self, num_tokens: int, facts: Iterable[tuple[float, str]], question: str, *, ending: str = ""
+    ) -> Prompt:
         """Plant facts between the paragraphs of the text and end with a question.
 
         Args:
             num_tokens: length of the prompt, BOS and question included.
             facts: (depth, text); depth 0 = at the beginning, 1 = before the question.
             question: the last tokens.
+            ending: what stands between the text and the question, a worked example for instance.
 
         Raises:
             RheoError: the text is too short, or num_tokens leaves no room for any.
         """
         planted = [(depth, self.tokens(f"{text}\n\n")) for depth, text in sorted(facts)]
-        room = num_tokens - sum(len(ids) for _, ids in planted)
+        end = self.tokens(ending)
+        room = num_tokens - sum(len(ids) for _, ids in planted) - len(end)
         room -= len(self.bos) + len(self.tokens("\n\n")) + len(self.tokens(question))
         if room < 1:
             raise RheoError(f"a prompt of {num_tokens} tokens has no room for any text")
@@ -95,7 +99,7 @@ class Source:
             seam = max(s for s in seams if s <= max(depth * room, 0))
             body += [*text[done:seam], *ids]
             done = seam
-        return self.ended([*body, *text[done:]], question)
+        return self.ended([*body, *text[done:], *end], question)
 
     def filled(self, num_tokens: int, lines: Iterable[str], ending: str, question: str) -> Prompt:
         """Fill the prompt with lines until no other fits; then `ending` and the question follow.

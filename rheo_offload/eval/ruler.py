@@ -1,7 +1,8 @@
 """Three tasks in the manner of RULER (arXiv:2404.06654), over this package's own text.
 
 `values`: four codes of one vault, planted apart, must all be named. `variables`: a chain of assignments, and which
-variables hold a value. `words`: a long list, and which words occur most often. The score is the share named.
+variables hold a value. `words`: a long list, and which words occur most often. A worked example shows the form, so that
+base models can follow. The score is the share named.
 """
 
 from collections.abc import Mapping, Sequence
@@ -69,45 +70,73 @@ def _spread(rng: Random, count: int) -> list[float]:
 
 
 def _values(rng: Random, source: Source, num_tokens: int) -> tuple[Prompt, list[str]]:
-    vault = f"{rng.choice(NAMES)}-{rng.randint(2, 99)}"
-    codes = [str(code) for code in rng.sample(range(10_000, 100_000), VALUES)]
-    facts = [
-        (depth, f"One of the access codes of vault {vault} is {code}.")
-        for depth, code in zip(_spread(rng, VALUES), codes, strict=True)
-    ]
-    question = f"The {VALUES} access codes of vault {vault} that the text names are"
-    return source.buried(num_tokens, facts, question), codes
+    names = rng.sample(NAMES, 2)
+    vault, known = (f"{name}-{rng.randint(2, 99)}" for name in names)
+    codes = [str(code) for code in rng.sample(range(10_000, 100_000), 2 * VALUES)]
+
+    def told(of: str, code: str) -> str:
+        return f"One of the access codes of vault {of} is {code}."
+
+    def asked(of: str) -> str:
+        return f"The {VALUES} access codes of vault {of} are:"
+
+    facts = [(depth, told(vault, code)) for depth, code in zip(_spread(rng, VALUES), codes, strict=False)]
+    shown = codes[VALUES:]
+    example = "\n\n".join(["", *(told(known, code) for code in shown), f"{asked(known)} {', '.join(shown)}."])
+    return source.buried(num_tokens, facts, asked(vault), ending=example), codes[:VALUES]
 
 
 def _variables(rng: Random, source: Source, num_tokens: int) -> tuple[Prompt, list[str]]:
-    letters = "ABCDEFGHJKLMNPQRSTUVWXYZ"
     names: list[str] = []
-    while len(names) < 2 * (HOPS + 1):
-        name = "".join(rng.choices(letters, k=5))
+    while len(names) < 3 * (HOPS + 1):
+        name = "".join(rng.choices("ABCDEFGHJKLMNPQRSTUVWXYZ", k=4))
         names += [] if name in names else [name]
-    value, other = (str(v) for v in rng.sample(range(10_000, 100_000), 2))
-    chain, decoy = names[: HOPS + 1], names[HOPS + 1 :]
-    facts = []
-    for held, members in ((value, chain), (other, decoy)):
-        texts = [f"VAR {members[0]} = {held}"]
-        texts += [f"VAR {new} = VAR {old}" for old, new in zip(members, members[1:], strict=False)]
-        facts += list(zip(_spread(rng, HOPS + 1), texts, strict=True))
-    question = f"By the assignments in the text above, {HOPS + 1} variables have the value {value}. They are:"
-    return source.buried(num_tokens, facts, question), chain
+    values = [str(v) for v in rng.sample(range(10_000, 100_000), 3)]
+    chains = [names[i : i + HOPS + 1] for i in range(0, len(names), HOPS + 1)]
+
+    def told(chain: Sequence[str], value: str) -> list[str]:
+        links = [f"VAR {new} = VAR {old}" for old, new in zip(chain, chain[1:], strict=False)]
+        return [f"VAR {chain[0]} = {value}", *links]
+
+    def asked(value: str) -> str:
+        return f"The {HOPS + 1} variables with the value {value} are:"
+
+    facts = [
+        fact
+        for chain, value in zip(chains[:2], values, strict=False)
+        for fact in zip(_spread(rng, HOPS + 1), told(chain, value), strict=True)
+    ]
+    example = "\n\n".join(["", *told(chains[2], values[2]), f"{asked(values[2])} {', '.join(chains[2])}."])
+    return source.buried(num_tokens, facts, asked(values[0]), ending=example), chains[0]
 
 
 def _words(rng: Random, source: Source, num_tokens: int) -> tuple[Prompt, list[str]]:
-    per_entry = (
-        len(source.tokens(" ".join(f"{i}. {word}" for i, word in enumerate(source.words[:200])))) / 200
-    )
-    entries = int(num_tokens / per_entry)
-    common_times = max(RARE_TIMES + 1, min(COMMON_TIMES, entries // (4 * COMMON)))
-    rare = -(-max(1, entries - COMMON * common_times) // RARE_TIMES)
-    chosen = rng.choices(source.words, k=rare)  # a word drawn twice is still rare
-    common = rng.sample(sorted(set(source.words) - set(chosen)), COMMON)
-    listed = [word for word in common for _ in range(common_times)]
-    listed += [word for word in chosen for _ in range(RARE_TIMES)]
-    rng.shuffle(listed)
-    question = f"The {COMMON} words that occur most often in the list above are:"
-    lines = (f"{i}. {word}\n" for i, word in enumerate(listed, 1))
-    return source.filled(num_tokens, lines, "", question), common
+    drawn = rng.sample(source.words, 2 * COMMON)
+    shown, common = drawn[:COMMON], drawn[COMMON:]
+    others = sorted(set(source.words) - set(drawn))
+    example = _listed(rng, shown, 3, rng.sample(others, COMMON), 1)
+    first = f"List 1\n{''.join(_numbered(example))}{_most_often(1)} {', '.join(shown)}.\n\nList 2\n"
+    room = num_tokens - len(source.tokens(first + _most_often(2)))
+    per_entry = len(source.tokens("".join(_numbered(others[:200])))) / 200
+    entries = int(1.1 * room / per_entry) + COMMON  # a little too many; the end is cut off
+    times = max(RARE_TIMES + 1, min(COMMON_TIMES, entries // (4 * COMMON)))
+    rare = rng.choices(others, k=-(-max(1, entries - COMMON * times) // RARE_TIMES))
+    listed = _listed(rng, common, times, rare, RARE_TIMES)
+    return source.filled(num_tokens, [first, *_numbered(listed)], "", _most_often(2)), common
+
+
+def _listed(
+    rng: Random, common: Sequence[str], times: int, rare: Sequence[str], rare_times: int
+) -> list[str]:
+    """Return a shuffled list; a rare word that was drawn twice is still rare."""
+    words = [word for word in common for _ in range(times)] + [w for w in rare for _ in range(rare_times)]
+    rng.shuffle(words)
+    return words
+
+
+def _numbered(words: Sequence[str]) -> list[str]:
+    return [f"{i}. {word}\n" for i, word in enumerate(words, 1)]
+
+
+def _most_often(number: int) -> str:
+    return f"The {COMMON} words that occur most often in list {number} are:"

@@ -102,6 +102,7 @@ def decode_script(
     *,
     start: int,
     reference: Tensor | None = None,
+    stop: Callable[[int], bool] | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> ScriptRun:
     """Read `script[:start]` as a prompt, and everything after it token by token through the decode path.
@@ -111,6 +112,7 @@ def decode_script(
         script: [L] int64, FREE from some place after `start` on.
         start: tokens that the exact, dense prefill reads; at least 1, at most L - 2.
         reference: [T, V] fp32 log-probabilities of the last T positions.
+        stop: told of every token from position `start + 1` on; the run ends with the one for which it returns True.
         progress: called with (decode steps done, in all).
 
     Raises:
@@ -130,19 +132,22 @@ def decode_script(
         graph = handle.config.execution.graph != "off"
         stepper = cache.stepper = Stepper(model, cache, sampler, graph=graph)
         stepper.ids.copy_(script[None, start : start + 1])
+        made = 0
         with model._optimize_model_for_decode():
-            for step in range(steps):
-                number = stepper.launch()
+            for step in range(steps + 1):
+                if step < steps:
+                    stepper.launch()
                 if step:  # one step late, so that the next one is queued already
-                    stepper.read(number - 1)
+                    got = stepper.read(step - 1)
                     cache.clock.tick()
-                if progress is not None:
-                    progress(step + 1, steps)
-        last = stepper.read(number)
-        cache.clock.tick()
-        if last.bad.any():
-            raise NonFiniteError(f"the model's logits were not finite within {steps} decode steps")
-        after = slice(start + 1, None)
+                    made = step
+                    if progress is not None:
+                        progress(made, steps)
+                    if stop is not None and stop(int(got.tokens[0])):
+                        break
+        if bool(sampler.bad):
+            raise NonFiniteError(f"the model's logits were not finite within {made} decode steps")
+        after = slice(start + 1, start + 1 + made)
         return ScriptRun(
             tokens=sampler.tokens[after].cpu(),
             likeliest=sampler.likeliest[after].cpu(),
