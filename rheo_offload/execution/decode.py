@@ -98,16 +98,19 @@ def decode_full(ex: "Executor", layer: FullLayer, call: AttentionCall) -> torch.
     with ex.region("merge"):
         ops.merge(*parts, call.sinks, out, ws.lse, **late)
     if ex.audit_now:
-        _audit(ex, layer, call, ws.lse)
+        _audit(ex, layer, call, out, ws.lse)
     return out
 
 
-def _audit(ex: "Executor", layer: FullLayer, call: AttentionCall, lse: torch.Tensor) -> None:
+def _audit(
+    ex: "Executor", layer: FullLayer, call: AttentionCall, out: torch.Tensor, lse: torch.Tensor
+) -> None:
     """Attend to everything for one row, and note what share of it the selection captured."""
     row = ex.audit.row(layer.rows)
     alone = ex.cache.full[layer.spec.layer_idx].view(row)
     everything = replace(call, q=call.q[row], k=call.k[row], v=call.v[row])
-    ex.audit.record(alone, lse[row], attend_everything(ex, alone, everything, row, purpose="audited")[1])
+    out_all, lse_all = attend_everything(ex, alone, everything, row, purpose="audited")
+    ex.audit.record(alone, lse[row], lse_all, out[row], out_all)
 
 
 def decode_sliding(ex: "Executor", layer: SlidingLayer, call: AttentionCall) -> torch.Tensor:
