@@ -86,3 +86,27 @@ def test_a_script_without_room_is_refused(model, script):
     for start in (0, len(script) - 1, PROMPT):
         with pytest.raises(ValueError, match="cannot start"):
             decode_script(model, script, start=start)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("graph", ["auto", "off"])
+def test_captured_steps_measure_what_eager_ones_do(model, script, graph):
+    model = model.to("cuda")
+    dense = dense_script(model, script, start=20, keep_distributions=True)
+    config = RheoConfig().with_overrides(
+        ["selection.token_budget=512", "cache.block_size=16", "audit.every=0", f"execution.graph={graph}"]
+    )
+    run = decode_script(offload(model, config), script, start=20, reference=dense.distributions)
+    assert torch.equal(run.tokens[:-FREE_TOKENS], dense.tokens[:-FREE_TOKENS])
+    torch.testing.assert_close(
+        run.logprobs[:-FREE_TOKENS], dense.logprobs[:-FREE_TOKENS], atol=2e-2, rtol=1e-2
+    )
+    assert run.divergences[:-FREE_TOKENS].max() < 1e-3
+
+
+def test_a_run_ends_where_it_is_told_to(model, script):
+    offloaded(model, 512)
+    seen = []
+    run = decode_script(model, script, start=120, stop=lambda token: seen.append(token) or len(seen) == 12)
+    assert len(run.tokens) == len(run.likeliest) == len(run.logprobs) == 12 and run.tokens.tolist() == seen
+    assert run.tokens[:9].tolist() == script[121:PROMPT].tolist()
