@@ -39,6 +39,8 @@ class Row:
     hit_rate_unforced: float | None = None
     captured_mass_mean: float | None = None
     captured_mass_min: float | None = None
+    output_error_mean: float | None = None
+    output_error_max: float | None = None
     selected_blocks: int | None = None
     miss_blocks: int | None = None
     evicted_blocks: int | None = None
