@@ -107,8 +107,8 @@ def names(text: str) -> list[str]:
 
 
 def numbers(text: str) -> list[int]:
-    """Argparse type: positive integers separated by commas."""
-    return [at_least(1)(part) for part in text.split(",")]
+    """Argparse type: positive integers separated by commas, each once."""
+    return list(dict.fromkeys(at_least(1)(part) for part in text.split(",")))
 
 
 def key_counts(text: str) -> list[int]:
@@ -122,8 +122,8 @@ def key_counts(text: str) -> list[int]:
 
 
 def depths(text: str) -> tuple[float, ...]:
-    """Argparse type: numbers from 0 to 1, separated by commas."""
-    values = tuple(float(part) for part in text.split(","))
+    """Argparse type: numbers from 0 to 1, separated by commas, each once."""
+    values = tuple(dict.fromkeys(float(part) for part in text.split(",")))
     if not all(0 <= value <= 1 for value in values):
         raise argparse.ArgumentTypeError(f"depths must be between 0 and 1, not {text}")
     return values

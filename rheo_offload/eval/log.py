@@ -86,6 +86,7 @@ class EvalLog:
         self._run, self._started = dict(run), False
         self._configs = {key: _plain(config) for key, config in configs.items()}
         self._known: dict[tuple[str, int | None], Any] = {}
+        self._cut: int | None = None  # length in bytes without a line that was torn
         for number, record in enumerate(self._read(), 1):
             self._take(number, record)
 
@@ -117,14 +118,12 @@ class EvalLog:
         except (OSError, UnicodeDecodeError) as error:
             raise RheoError(f"cannot read {str(self.file)!r}: {error}") from error
         whole, _, torn = text.rpartition("\n")
-        if torn:  # the process died while it wrote this line
+        if torn:  # the process died while it wrote this line; it is dropped once there is a row to write
             self._cut = len((whole + "\n").encode()) if whole else 0
         try:
             return [json.loads(line) for line in whole.splitlines()]
         except json.JSONDecodeError as error:
             raise self._refusal(f"holds a line that is not JSON ({error.msg})") from error
-
-    _cut: int | None = None
 
     def _write(self, record: dict[str, Any]) -> None:
         if self._cut is not None:

@@ -108,7 +108,6 @@ def setups_of(methods: Sequence[str], budgets: Sequence[int], overrides: Sequenc
             continue
         for budget in budgets:
             equal = [f"selection.token_budget={budget}", *EQUAL]
-            # the label's budget comes first so that packaged recent blocks never collide with it
             config = _configured(source, [*equal, *shared, *own[label]])
             setups.append(Setup(method=label, token_budget=budget, config=config))
             if config.selection.method == "full":

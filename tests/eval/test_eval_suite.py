@@ -1,5 +1,6 @@
 """`rheo eval` end to end on a tiny model: rows, tables, resuming, refusals, and rows that prove nothing."""
 
+import argparse
 import importlib
 import json
 import sys
@@ -264,6 +265,16 @@ def test_plots_without_matplotlib_are_refused_first(model_dir, tmp_path, capsys,
 
 def test_every_task_has_columns():
     assert set(PARTS) == set(TASKS) and set(TASKS) <= set(TITLES)
+
+
+def test_lists_name_each_value_once():
+    assert verb.numbers("512,1024,512") == [512, 1024] and verb.depths("0.5,0.1,.5") == (0.5, 0.1)
+    for wrong in ("0", "a", ""):
+        with pytest.raises(ValueError if wrong != "0" else argparse.ArgumentTypeError):
+            verb.numbers(wrong)
+    for read, wrong in ((verb.depths, "1.5"), (verb.key_counts, "99")):
+        with pytest.raises(argparse.ArgumentTypeError):
+            read(wrong)
 
 
 def test_a_text_of_ones_own(tmp_path):
