@@ -148,10 +148,15 @@ class AuditConfig:
 
     every: int = 256
     """Decode steps between two measurements of the captured attention mass, each of one row; 0 = never."""
+    raise_below: float = 0.0
+    """Layers whose measured mass is below this get half as many blocks more, up to what the pool holds; 0 = never."""
 
     def __post_init__(self) -> None:
         check_types(self, "audit")
         require(self.every >= 0, "audit.every", "at least 0", self.every)
+        below = self.raise_below
+        require(0 <= below < 1, "audit.raise_below", "at least 0 and below 1", below)
+        require(not below or self.every > 0, "audit.every", "above 0 for audit.raise_below", self.every)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -1,48 +1,24 @@
-"""The demo and the needle evaluation on a tiny random model: what they build, report, refuse and return."""
+"""The demo on a tiny random model: what it builds, reports, refuses and returns."""
 
 import argparse
-import csv
-import json
 from types import SimpleNamespace
 
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
 
 from rheo_offload.cli import demo
 from rheo_offload.cli.main import main
-from rheo_offload.config import ConfigError
 from rheo_offload.errors import RheoError
 from rheo_offload.eval import needle
-from rheo_offload.eval.needle import NeedlePrompt, dense_tokens, evaluate, method_config, needle_prompt
+from rheo_offload.eval.needle import NeedlePrompt, needle_prompt
 from rheo_offload.eval.texts import prose_paragraphs
-from rheo_offload.model.gguf_tokenizer import load_gguf_tokenizer
-from tests.helpers.spm import TOKENS, write_gguf
+from tests.helpers.spelling_model import save_spelling_model
 
 
 @pytest.fixture(scope="module")
 def model_dir(tmp_path_factory):
     """A random two-layer Llama with a tokenizer that spells most characters out as bytes."""
-    directory = tmp_path_factory.mktemp("model")
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=len(TOKENS),
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        head_dim=16,
-        max_position_embeddings=2048,
-        bos_token_id=2,
-        eos_token_id=None,
-        pad_token_id=0,
-        initializer_range=0.6,
-    )
-    LlamaForCausalLM(config).save_pretrained(directory)
-    load_gguf_tokenizer(write_gguf(directory / "tiny.gguf")).save_pretrained(directory)
-    (directory / "tiny.gguf").unlink()
-    return directory
+    return save_spelling_model(tmp_path_factory.mktemp("model"))
 
 
 @pytest.fixture(scope="module")
@@ -96,70 +72,6 @@ def test_found_looks_at_the_beginning():
     prompt = NeedlePrompt(ids=torch.zeros(1, 1), answer="84894", question_tokens=1)
     assert prompt.found(" 84894.\n\n") and prompt.found("84894")
     assert not prompt.found(" 84899.") and not prompt.found(" not 84894")
-
-
-def test_dense_tokens_are_those_of_generate(model_dir, tokenizer):
-    model = LlamaForCausalLM.from_pretrained(model_dir).eval()
-    ids = needle_prompt(tokenizer, 200, 0.5).ids
-    want = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=6, do_sample=False)
-    assert dense_tokens(model, ids, max_new_tokens=6, chunk_tokens=64) == want[0, 200:].tolist()
-
-
-# ---- the evaluation
-
-
-def test_every_method_gets_the_same_budget_and_pool():
-    assert {"lserve", "moba", "arkvale"} < set(needle.CONFIG_OF)
-    for method in needle.CONFIG_OF:
-        config = method_config(method, 2048)
-        assert config.selection.method == method
-        assert (config.selection.token_budget, config.selection.recent_blocks) == (2048, "auto")
-        assert (config.cache.capacity_ratio, config.cache.device_memory) == (1.5, "floor")
-    with pytest.raises(ConfigError):
-        method_config("quest", 2048, ["cache.nonsense=1"])
-
-
-def test_evaluation_writes_every_row(model_dir, tmp_path, capsys):
-    argv = ["--model", str(model_dir), "--device", "cpu", "--contexts", "512,640", "--depths", "0.2,0.8"]
-    argv += ["--methods", "dense,mean_key,streaming", "--budget", "64", "--out", str(tmp_path)]
-    assert needle.main([*argv, "cache.block_size=16"]) == 0
-    with (tmp_path / "rows.csv").open(encoding="utf-8") as file:
-        rows = list(csv.DictReader(file))
-    assert [(r["method"], r["context_len_tokens"], r["depth"]) for r in rows] == [
-        (m, n, d) for m in ("dense", "mean_key", "streaming") for n in ("512", "640") for d in ("0.2", "0.8")
-    ]
-    for row in rows:
-        dense = row["method"] == "dense"
-        assert (row["hit_rate"] == "") == (row["h2d_bytes"] == "") == (row["token_budget"] == "") == dense
-        assert row["found"] in ("True", "False")
-    scored = [r for r in rows if r["method"] == "mean_key"]
-    assert all(int(r["miss_blocks"]) > 0 and 0 < float(r["captured_mass_mean"]) < 1 for r in scored)
-    env = json.loads((tmp_path / "env.json").read_text())
-    assert env["versions"]["torch"] and env["configs"]["mean_key"]["selection"]["token_budget"] == 64
-    assert "--contexts 512,640" in env["command"]
-    assert len(capsys.readouterr().out.splitlines()) == len(rows)
-
-
-def test_evaluation_with_a_full_budget_answers_as_the_dense_model(model_dir, tokenizer):
-    model = LlamaForCausalLM.from_pretrained(model_dir).eval()
-    rows = evaluate(
-        model,
-        tokenizer,
-        name="tiny",
-        contexts=[300],
-        depths=[0.5],
-        methods=["dense", "mean_key"],
-        token_budget=512,
-        overrides=["cache.block_size=16"],
-    )
-    dense, full = rows
-    assert full.continuation == dense.continuation
-    assert not hasattr(model, "rheo"), "the model was left offloaded"
-
-
-def test_evaluation_refuses_unknown_methods(tmp_path):
-    with pytest.raises(SystemExit):
-        needle.main(["--methods", "dense,guess", "--out", str(tmp_path)])
 
 
 # ---- the demo

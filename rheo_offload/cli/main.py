@@ -7,12 +7,12 @@ import sys
 from collections.abc import Sequence
 
 from rheo_offload import __version__
-from rheo_offload.cli import calibrate, demo, doctor, generate, plan, trace
+from rheo_offload.cli import calibrate, demo, doctor, eval, generate, plan, trace
 from rheo_offload.errors import RheoError
 
 EXIT_ERROR = 2
 EXIT_INTERRUPTED = 130
-VERBS = (calibrate, demo, doctor, generate, plan, trace)
+VERBS = (calibrate, demo, doctor, eval, generate, plan, trace)
 
 
 def build_parser() -> argparse.ArgumentParser:

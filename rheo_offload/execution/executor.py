@@ -18,6 +18,7 @@ from rheo_offload.execution.audit import Audit
 from rheo_offload.execution.decode import decode_full, decode_sliding
 from rheo_offload.execution.observer import StepObserver
 from rheo_offload.execution.prefill import Chunk, prefill_full, prefill_sliding, warm
+from rheo_offload.execution.raised import RaisedBudgets
 from rheo_offload.execution.workspace import DecodeWorkspace, RingWorkspace, RoundsWorkspace
 from rheo_offload.ops import kernels_for
 from rheo_offload.selection.base import LayerSelectors, Selector
@@ -45,6 +46,7 @@ class Executor:
         kernels: str = "auto",
         overlap: bool = True,
         audit_every: int = 0,
+        raise_below: float = 0.0,
         capacity_for: Callable[[int, int], int] | None = None,
     ) -> None:
         """Wire a cache to a method.
@@ -58,6 +60,7 @@ class Executor:
             kernels: as `ops.kernels_for`.
             overlap: load missing blocks beside the attention over the resident ones, not ahead of it.
             audit_every: decode steps between two measurements of the captured mass; 0 = never.
+            raise_below: captured mass below which a layer's budget grows; 0 = never.
             capacity_for: (blocks per row, device bytes about to be given back) -> slots per (row, KV head), asked
                 when the cache must grow.
         """
@@ -67,6 +70,7 @@ class Executor:
         self.overlap = overlap
         self.audit = Audit(audit_every, cache.device)
         self.audit_now = False
+        self.raised = RaisedBudgets(raise_below, policy)
         self.observer: StepObserver | None = None
         self.wants_heat = True
         self.decode_steps = 0
@@ -118,8 +122,12 @@ class Executor:
         """Room for a token of each row in `rows` (None: all); runs ahead of every step."""
         self.make_room(max(self.cache.lengths) + 1)
         self.cache.before_decode(rows)
+        if self.audit_now and self.raised.below:
+            self.audit.fetch()
         self.decode_steps += 1
         self.audit_now = self.audit.due(self.decode_steps)
+        if self.audit_now:
+            self.raised.learn(self.audit.fetched(), self.cache.full)
         if self.observer is not None:
             self.observer.before_step(rows)
 
@@ -212,9 +220,10 @@ class Executor:
 
     @property
     def version(self) -> Hashable:
-        """What ends a captured step: memory that moved, a dense layer that (no longer) fits its pool, who looks on."""
+        """What ends a captured step: memory that moved, a dense layer that (no longer) fits, who looks on, a raise."""
         streamed = tuple(i for i, layer in self.cache.full.items() if self.is_streamed(layer))
-        return self.cache.version, streamed, self.observer
+        budgets = tuple((i, self.raised.blocks_of(self.cache.full[i])) for i in self.raised.layers)
+        return self.cache.version, streamed, self.observer, budgets
 
     def is_streamed(self, layer: FullLayer) -> bool:
         """Whether the layer attends to more blocks than its pool holds."""
@@ -228,9 +237,9 @@ class Executor:
         return method.for_layer(layer.spec.layer_idx) if isinstance(method, LayerSelectors) else method
 
     def policy_of(self, layer: FullLayer) -> Policy:
-        """Return the layer's policy: the configured one, or everything for layers kept dense."""
+        """Return the layer's policy: the configured one or as raised, or everything for layers kept dense."""
         if not self.is_dense(layer):
-            return self.policy
+            return self.raised.policy_of(layer)
         return replace(
             self.policy,
             block_budget=layer.max_blocks,

@@ -1,9 +1,22 @@
 """What a run did, in one frozen record: latency, locality, bytes, memory."""
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 MIB = 1 << 20
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LayerAudit:
+    """What the audited steps say of one layer, over the audited rows."""
+
+    layer_idx: int
+    captured_mass_mean: float
+    """Share of the full softmax that fell on the selected keys, 0..1, mean over query heads and steps."""
+    captured_mass_min: float
+    output_error_mean: float
+    """Relative L2 distance of the attention output from that over all keys, mean over steps."""
+    output_error_max: float
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -37,8 +50,6 @@ class Stats:
     """Write-through of new keys and values."""
     captured_mass_mean: float | None
     captured_mass_min: float | None
-    output_error_mean: float | None
-    """Distance of the attention output from the dense one, relative to it; mean over audited steps and layers."""
     audited_steps: int
     device_kv_bytes: int
     dense_kv_bytes: int
@@ -46,6 +57,13 @@ class Stats:
     host_kv_bytes: int
     capacity_blocks: int
     block_budget: int
+    output_error_mean: float | None = None
+    """Relative L2 distance of the audited attention outputs from those over all keys, mean over layers."""
+    output_error_max: float | None = None
+    layers: tuple[LayerAudit, ...] = ()
+    """What was audited, layer by layer."""
+    raised_budgets: dict[int, int] = field(default_factory=dict)
+    """Layer index -> blocks, of the layers that `audit.raise_below` gave more than `block_budget`."""
 
     def to_dict(self) -> dict[str, Any]:
         """Return the fields as a dictionary."""
@@ -54,6 +72,7 @@ class Stats:
     def table(self) -> str:
         """Return an aligned two-column table for people."""
         mass = _share(self.captured_mass_mean)
+        error = f"{_share(self.output_error_mean)} / {_share(self.output_error_max)}"
         blocks = f"{self.selected_blocks:,} / {self.miss_blocks:,}"
         rows = [
             ("prompt tokens", f"{self.prompt_tokens:,}"),
@@ -64,7 +83,7 @@ class Stats:
             ("decode rate", "-" if self.decode_tps is None else f"{self.decode_tps:.1f} tok/s"),
             ("hit rate (without forced blocks)", f"{_share(self.hit_rate)} ({_share(self.hit_rate_unforced)})"),
             ("captured attention mass, mean / min", f"{mass} / {_share(self.captured_mass_min)}"),
-            ("attention output, relative error", _share(self.output_error_mean)),
+            ("attention output error, mean / max", error),
             ("blocks selected / missed / evicted", f"{blocks} / {self.evicted_blocks:,}"),
             ("host to device, misses", _mib(self.h2d_bytes)),
             ("host to device, warm-up / prefill", f"{_mib(self.warm_h2d_bytes)} / {_mib(self.prefill_h2d_bytes)}"),
@@ -74,6 +93,9 @@ class Stats:
             ("host KV", _mib(self.host_kv_bytes)),
             ("budget / capacity per KV head", f"{self.block_budget} / {self.capacity_blocks} blocks"),
         ]  # fmt: skip
+        if self.raised_budgets:
+            raised = ", ".join(f"{i}: {blocks}" for i, blocks in self.raised_budgets.items())
+            rows.append(("layers with a larger budget", raised))
         width = max(len(name) for name, _ in rows)
         return "\n".join(f"{name:<{width}}  {value}" for name, value in rows)
 

@@ -22,7 +22,7 @@ def collect_stats(cache: RheoCache, specs: Sequence[LayerSpec]) -> Stats:
         for purpose, blocks in zip(TRAFFIC, layer.traffic.tolist(), strict=True):
             blocks_read[purpose] += blocks * layer.layout.block_bytes
     selected, hits, forced, forced_hits, evictions = counters.tolist()
-    audited = list(ex.audit.per_layer().values())
+    audited = ex.audit.per_layer()
     gaps = np.array(clock.gaps) * 1e3
     seconds = clock.last - clock.first if clock.first is not None else 0.0
     token_bytes = sum(2 * s.num_kv_heads * s.head_dim for s in specs) * kv.dtype.itemsize
@@ -46,9 +46,12 @@ def collect_stats(cache: RheoCache, specs: Sequence[LayerSpec]) -> Stats:
         streamed_h2d_bytes=blocks_read["streamed"],
         audit_h2d_bytes=blocks_read["audited"],
         d2h_bytes=kv.tokens_written * offloaded,
-        captured_mass_mean=float(np.mean([mean for mean, _, _ in audited])) if audited else None,
-        captured_mass_min=min(low for _, low, _ in audited) if audited else None,
-        output_error_mean=float(np.mean([error for _, _, error in audited])) if audited else None,
+        captured_mass_mean=float(np.mean([a.captured_mass_mean for a in audited])) if audited else None,
+        captured_mass_min=min(a.captured_mass_min for a in audited) if audited else None,
+        output_error_mean=float(np.mean([a.output_error_mean for a in audited])) if audited else None,
+        output_error_max=max(a.output_error_max for a in audited) if audited else None,
+        layers=tuple(audited),
+        raised_budgets={i: ex.raised.blocks_of(kv.full[i]) for i in ex.raised.layers},
         audited_steps=ex.audit.steps,
         device_kv_bytes=kv.device_bytes,
         dense_kv_bytes=sum(kv.lengths) * token_bytes,

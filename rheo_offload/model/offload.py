@@ -227,6 +227,7 @@ class RheoHandle:
             kernels=config.execution.kernels,
             overlap=config.prefetch.overlap,
             audit_every=config.audit.every,
+            raise_below=config.audit.raise_below,
             capacity_for=capacity_for,
         )
         if self.on_executor is not None:

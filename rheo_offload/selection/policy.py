@@ -129,3 +129,20 @@ def make_policy(
         agnostic_blocks=agnostic,
         heat_decay=heat_decay,
     )
+
+
+def widened(policy: Policy, block_budget: int) -> Policy:
+    """Return a policy with a larger budget: what is added goes to scored blocks, in the shares they had.
+
+    Where no blocks are scored it goes to the recent ones.
+    """
+    scored = policy.query_blocks + policy.agnostic_blocks
+    more = block_budget - policy.block_budget
+    if not scored:
+        return dataclasses.replace(
+            policy, block_budget=block_budget, recent_blocks=policy.recent_blocks + more
+        )
+    agnostic = round((scored + more) * policy.agnostic_blocks / scored)
+    return dataclasses.replace(
+        policy, block_budget=block_budget, query_blocks=scored + more - agnostic, agnostic_blocks=agnostic
+    )

@@ -90,6 +90,8 @@ class Recorder:
         layers = [i for i, layer in ex.cache.full.items() if not ex.is_dense(layer)]
         if not layers or ex.selector.name == "full":
             raise TraceError("nothing to record: no layer of this run selects blocks")
+        if ex.raised.below:
+            raise TraceError("a trace has one budget for all layers; record with audit.raise_below=0")
         if len({ex.cache.full[i].spec.num_kv_heads for i in layers}) > 1:
             raise TraceError("layers with different numbers of KV heads cannot be recorded in one trace")
         if ex.cache.max_blocks >= NO_BLOCK // 2:
