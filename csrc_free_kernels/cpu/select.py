@@ -5,9 +5,11 @@ import numpy as np
 from torch import Tensor
 
 from csrc_free_kernels.cpu.bits import FASTMATH
-from csrc_free_kernels.reference.select import check_arguments
+from csrc_free_kernels.reference.select import LIMIT_BITS, RULES, WEIGHT_BITS, check_arguments, limit_of
 
 LOWEST_KEY = np.int32(-(2**31))  # below the key of -inf, so only for what may not be taken
+FIXED, SCORED, THRESHOLD, MASS, MARGIN = (RULES.index(name) for name in RULES)
+SHARES = np.int64(1 << LIMIT_BITS)
 MODES = {"none": 0, "sum": 1, "softmax": 2}
 NOTHING = np.empty((0, 0, 0), np.float32)  # stands for scores or heat that are not given
 
@@ -51,6 +53,58 @@ def take_best(x, chosen, keys, count):
             ties -= 1
 
 
+@nb.njit(cache=True)
+def allowance(scores, forced, rule, share, margin):
+    """How many blocks a rule takes by score; the arithmetic of `_allowance` in the reference."""
+    top = np.float32(-np.inf)
+    for x in scores:
+        if np.isfinite(x):
+            top = max(top, x)
+    weight = np.zeros(scores.size, np.int64)
+    count, total, needed = 0, np.int64(0), np.int64(0)
+    for i in range(scores.size):
+        x = scores[i]
+        if rule in (SCORED, MARGIN):
+            count += np.isfinite(x) and not forced[i] and (rule == SCORED or x > top - margin)
+        elif np.isfinite(x) and x > 0:
+            weight[i] = np.int64(np.ceil(np.float32(x / top) * np.float32(1 << WEIGHT_BITS)))
+            total += weight[i]
+            needed -= weight[i] if forced[i] else 0
+    if rule in (SCORED, MARGIN):
+        return count
+    total *= share
+    if rule == THRESHOLD:
+        for i in range(scores.size):
+            count += not forced[i] and weight[i] > total // SHARES
+        return count
+    needed += (total + SHARES - 1) // SHARES
+    weight[forced] = 0
+    falling = np.sort(weight)[::-1]
+    while count < falling.size and needed > 0:
+        needed -= falling[count]
+        count += 1
+    return count
+
+
+@nb.njit(cache=True)
+def take_by_rule(scores, score_bits, heat_bits, chosen, keys, query, agnostic, rule, share, margin):
+    """Mark what a rule takes: of the blocks with a finite score, the best ones, then the hottest."""
+    count = min(query, allowance(scores, chosen, rule, share, margin))
+    barred = chosen.copy()
+    for i in range(barred.size):
+        barred[i] |= not np.isfinite(scores[i])
+    outside = barred & ~chosen
+    if count > 0:
+        take_best(score_bits, barred, keys, count)
+    left = 0
+    for x in barred:
+        left += not x
+    if min(agnostic, left) > 0:
+        take_best(heat_bits, barred, keys, min(agnostic, left))
+    for i in range(barred.size):
+        chosen[i] = barred[i] and not outside[i]
+
+
 @nb.njit(cache=True, fastmath=FASTMATH)
 def update_heat(scores, heat, decay, softmax):
     """heat = decay * heat + normalised scores, where scores are finite."""
@@ -74,25 +128,30 @@ def update_heat(scores, heat, decay, softmax):
 @nb.njit(cache=True, parallel=True)
 def select_kernel(
     scores, score_bits, heat, heat_bits, seq_lens, selected, num_selected, block_size, sink, recent, query,
-    agnostic, decay, mode,
+    agnostic, decay, mode, rule, share, margin,
 ):  # fmt: skip
     num_rows, num_kv_heads, width = selected.shape
     for i in nb.prange(num_rows * num_kv_heads):
         b, h = i // num_kv_heads, i % num_kv_heads
         blocks = (seq_lens[b] + block_size - 1) // block_size
         out = selected[b, h]
-        if blocks <= width:
+        if rule == FIXED and blocks <= width:
             count = blocks
             for s in range(count):
                 out[s] = s
         else:
             chosen = np.zeros(blocks, np.bool_)
             chosen[:sink] = True
-            chosen[blocks - recent :] = True
+            chosen[max(blocks - recent, 0) :] = True
             keys = np.empty(blocks, np.int32)
-            if query > 0:
+            if rule != FIXED:
+                take_by_rule(
+                    scores[b, h, :blocks], score_bits[b, h], heat_bits[b, h] if agnostic > 0 else score_bits[b, h],
+                    chosen, keys, query, agnostic, rule, share, margin,
+                )  # fmt: skip
+            elif query > 0:
                 take_best(score_bits[b, h], chosen, keys, query)
-            if agnostic > 0:
+            if rule == FIXED and agnostic > 0:
                 take_best(heat_bits[b, h], chosen, keys, agnostic)
             count = 0
             for n in range(blocks):
@@ -119,19 +178,22 @@ def select(
     agnostic_blocks: int,
     heat_decay: float,
     normalise: str,
+    rule: str = "fixed",
+    limit: float = 0.0,
 ) -> None:
     """Select forced, best-scoring and hottest blocks of every (row, head), then update the heat.
 
     Arguments as in `csrc_free_kernels/reference/select.py`.
 
     Raises:
-        ValueError: an unknown `normalise`, or scores or heat are needed and not given.
+        ValueError: as the reference.
     """
-    check_arguments(block_scores, heat, query_blocks, agnostic_blocks, normalise)
+    check_arguments(block_scores, heat, query_blocks, agnostic_blocks, normalise, rule, limit)
     scores = NOTHING if block_scores is None else block_scores.numpy()
     heats = NOTHING if heat is None else heat.numpy()
     select_kernel(
         scores, scores.view(np.int32), heats, heats.view(np.int32), seq_lens.numpy(), selected_blocks.numpy(),
         num_selected.numpy(), block_size, sink_blocks, recent_blocks, query_blocks, agnostic_blocks,
-        np.float32(heat_decay), MODES[normalise],
+        np.float32(heat_decay), MODES[normalise], RULES.index(rule),
+        np.int64(limit_of(rule, limit) if rule in ("threshold", "mass") else 0), np.float32(limit),
     )  # fmt: skip

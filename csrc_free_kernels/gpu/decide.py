@@ -19,7 +19,7 @@ from csrc_free_kernels.gpu.victims import id_range_of
 from csrc_free_kernels.launch import launch_of
 from csrc_free_kernels.reference.decide import check_score
 from csrc_free_kernels.reference.score_minmax import check_minmax
-from csrc_free_kernels.reference.select import check_arguments
+from csrc_free_kernels.reference.select import check_arguments, limit_of
 
 LOGITS_PER_THREAD = 32  # that pooling holds at once
 TILE_BYTES = 32768  # of summaries that a program scores at once, less where a small batch is split further
@@ -58,11 +58,12 @@ def decide_kernel(
     q, summary, heat, seq_lens, host_table, slot_of, block_in, last_used, slot_base, slot_count, step,
     logits, arrivals, block_scores, selected_blocks, num_selected, hit_slots, miss_slots,
     load_src, load_dst, load_at, load_count, counters,
-    softmax_scale, heat_decay, num_blocks, block_size, Hkv, id_range,
+    softmax_scale, heat_decay, limit, num_blocks, block_size, Hkv, id_range,
     stride_qb, stride_qh, stride_sp, stride_sh, stride_sw, stride_tb, stride_lb, stride_lh,
     stride_bb, stride_bh, stride_hb, stride_hh, stride_ob, stride_oh,
     SCORE: tl.constexpr, NORMALISE: tl.constexpr, SINK: tl.constexpr, RECENT: tl.constexpr,
-    QUERY: tl.constexpr, AGNOSTIC: tl.constexpr, G: tl.constexpr, G_P: tl.constexpr, G_POOL: tl.constexpr,
+    QUERY: tl.constexpr, AGNOSTIC: tl.constexpr, RULE: tl.constexpr,
+    G: tl.constexpr, G_P: tl.constexpr, G_POOL: tl.constexpr,
     D: tl.constexpr, D_P: tl.constexpr, W: tl.constexpr, TILE: tl.constexpr, POOL_TILE: tl.constexpr,
     S: tl.constexpr, S_P: tl.constexpr, N_P: tl.constexpr, SLOTS: tl.constexpr, UPCAST_DOT: tl.constexpr,
 ):  # fmt: skip
@@ -98,8 +99,8 @@ def decide_kernel(
             )  # fmt: skip
         p_selected, p_slot_of = selected_blocks + i_row * S, slot_of + i_b * stride_ob + i_h * stride_oh
         b_count = select_blocks(
-            b_score, b_heat, nb, p_selected, num_selected + i_row,
-            SINK, RECENT, QUERY, AGNOSTIC, S, S_P, N_P,
+            b_score, b_heat, nb, limit, p_selected, num_selected + i_row,
+            SINK, RECENT, QUERY, AGNOSTIC, RULE, S, S_P, N_P,
         )  # fmt: skip
         tl.debug_barrier()  # the list is read by other threads than wrote it
         o_s = tl.arange(0, S_P)
@@ -148,6 +149,8 @@ def decide(
     agnostic_blocks: int,
     heat_decay: float,
     normalise: str,
+    rule: str = "fixed",
+    limit: float = 0.0,
 ) -> None:
     """Score, select and resolve: which blocks this step attends to, where they are, what must be loaded.
 
@@ -160,7 +163,9 @@ def decide(
             tensor, or more blocks than a program can hold (32768).
     """
     check_score(score)
-    check_arguments(None if score == "none" else block_scores, heat, query_blocks, agnostic_blocks, normalise)
+    check_arguments(
+        None if score == "none" else block_scores, heat, query_blocks, agnostic_blocks, normalise, rule, limit
+    )
     whole = (selected_blocks, num_selected, slot_base, slot_count, hit_slots, miss_slots, counters)
     given = [t for t in (q, summary, heat, logits, block_scores) if t is not None]
     if not all(t.is_contiguous() for t in whole) or any(
@@ -184,12 +189,13 @@ def decide(
         q, summary, heat, seq_lens, host_table, slot_of, block_in, last_used, slot_base, slot_count, step,
         logits, arrivals, block_scores, selected_blocks, num_selected, hit_slots, miss_slots,
         load_src, load_dst, load_at, load_count, counters,
-        softmax_scale, heat_decay, num_blocks, block_size, heads, id_range_of(slot_of, block_in),
+        softmax_scale, heat_decay, limit_of(rule, limit), num_blocks, block_size, heads,
+        id_range_of(slot_of, block_in),
         *strides_of(q, 2), *strides_of(summary, 3), host_table.stride(0), *strides_of(logits, 2),
         *strides_of(block_scores, 2), *strides_of(heat, 2), *strides_of(slot_of, 2),
         SCORE=score, NORMALISE=normalise, SINK=sink_blocks, RECENT=recent_blocks, QUERY=query_blocks,
-        AGNOSTIC=agnostic_blocks, G=group, G_P=max(16, pooled), G_POOL=pooled, D=dim, D_P=dim_p, W=units,
-        S=width, S_P=triton.next_power_of_2(width), N_P=padded, SLOTS=tile_of_slots(block_in, rows * heads),
+        AGNOSTIC=agnostic_blocks, RULE=rule, G=group, G_P=max(16, pooled), G_POOL=pooled, D=dim, D_P=dim_p,
+        W=units, S=width, S_P=triton.next_power_of_2(width), N_P=padded, SLOTS=tile_of_slots(block_in, rows * heads),
         UPCAST_DOT=not seq_lens.is_cuda, **sizes,
     )  # fmt: skip
 

@@ -5,10 +5,12 @@ import triton.language as tl
 from torch import Tensor
 
 from csrc_free_kernels.gpu.counts import count_marked, thresholds
-from csrc_free_kernels.reference.select import check_arguments
+from csrc_free_kernels.reference import select as rules
+from csrc_free_kernels.reference.select import check_arguments, limit_of
 
 MAX_BLOCKS = 32768  # a row is held in registers: 32 values a thread at this size
 MAX_WARPS = 16
+WEIGHTS, SHARES = tl.constexpr(2.0**rules.WEIGHT_BITS), tl.constexpr(2**rules.LIMIT_BITS)
 LOWEST_KEY = tl.constexpr(-(2**31))  # below the key of -inf, so only for what may not be taken
 
 
@@ -48,17 +50,75 @@ def best(b_key, num, N_P: tl.constexpr):
     return m_best
 
 
+# How many blocks a rule takes by score, of those marked in m_open; m_scored marks all that have a finite score. The
+# arithmetic of `_allowance` in the reference: integers, so that no order of additions shows.
+@triton.jit
+def allowance(b_score, m_scored, m_open, limit, RULE: tl.constexpr):
+    b_top = tl.max(tl.where(m_scored, b_score, float("-inf")), axis=0)
+    if RULE == "scored":
+        m_taken = m_open
+    elif RULE == "margin":
+        m_taken = m_open & (b_score > b_top - limit)
+    else:
+        m_weighs = m_scored & (b_score > 0)
+        b_x = tl.div_rn(
+            tl.where(m_weighs, b_score, 0.0), tl.where(b_top > 0, b_top, 1.0) + tl.zeros_like(b_score)
+        )
+        b_x = b_x * WEIGHTS
+        b_weight = b_x.to(tl.int32)
+        b_weight += (b_weight.to(tl.float32) < b_x).to(tl.int32)
+        b_share = tl.sum(b_weight.to(tl.int64), axis=0) * limit
+        if RULE == "threshold":
+            m_taken = m_open & (b_weight > b_share // SHARES)
+        else:
+            b_rest = tl.where(m_open, b_weight, 0)
+            b_forced = tl.sum(tl.where(m_open, 0, b_weight).to(tl.int64), axis=0)
+            m_taken = reaching(b_rest, (b_share + (SHARES - 1)) // SHARES - b_forced)
+    return tl.sum(m_taken.to(tl.int32), axis=0)
+
+
+# As many elements as the fewest of the weights, the heaviest first, that add up to `needed`; all of them hold it.
+@triton.jit
+def reaching(b_weight, needed):
+    b_low = tl.full((), 0, tl.int32)
+    b_high = tl.max(b_weight, axis=0) + 1
+    while (
+        b_high - b_low > 1
+    ):  # what weighs b_low or more adds up to enough, what weighs b_high or more does not
+        b_middle = (b_low + b_high) // 2
+        b_sum = tl.sum(tl.where(b_weight >= b_middle, b_weight, 0).to(tl.int64), axis=0)
+        b_low = tl.where(b_sum >= needed, b_middle, b_low)
+        b_high = tl.where(b_sum >= needed, b_high, b_middle)
+    m_above = b_weight > b_low
+    b_left = needed - tl.sum(tl.where(m_above, b_weight, 0).to(tl.int64), axis=0)
+    m_equal = b_weight == b_low
+    b_rank = tl.cumsum(m_equal.to(tl.int32), axis=0) - 1
+    return (needed > 0) & (m_above | (m_equal & (b_rank.to(tl.int64) * b_low < b_left)))
+
+
 # The blocks that a row of `nb` blocks attends to, as a mask [N_P]: forced, best scores, hottest.
 @triton.jit
 def choose(
-    b_score, b_heat, nb,
-    SINK: tl.constexpr, RECENT: tl.constexpr, QUERY: tl.constexpr, AGNOSTIC: tl.constexpr,
+    b_score, b_heat, nb, limit,
+    SINK: tl.constexpr, RECENT: tl.constexpr, QUERY: tl.constexpr, AGNOSTIC: tl.constexpr, RULE: tl.constexpr,
     S: tl.constexpr, N_P: tl.constexpr,
 ):  # fmt: skip
     o_n = tl.arange(0, N_P)
     m_n = o_n < nb
     m_chosen = m_n
-    if nb > S:
+    if RULE != "fixed":
+        m_chosen = ((o_n < SINK) | (o_n >= nb - RECENT)) & m_n
+        m_scored = m_n & (tl.abs(b_score) < float("inf"))
+        m_open = m_scored & ~m_chosen
+        num = tl.minimum(allowance(b_score, m_scored, m_open, limit, RULE), QUERY)
+        if num > 0:
+            m_chosen = m_chosen | best(tl.where(m_open, sortable(b_score), LOWEST_KEY), num, N_P)
+        if AGNOSTIC > 0:
+            m_open = m_open & ~m_chosen
+            num = tl.minimum(tl.sum(m_open.to(tl.int32), axis=0), AGNOSTIC)
+            if num > 0:
+                m_chosen = m_chosen | best(tl.where(m_open, sortable(b_heat), LOWEST_KEY), num, N_P)
+    elif nb > S:
         m_chosen = (o_n < SINK) | ((o_n >= nb - RECENT) & m_n)
         if QUERY > 0:
             b_key = tl.where(m_n & ~m_chosen, sortable(b_score), LOWEST_KEY)
@@ -83,8 +143,8 @@ def ranks(m, N_P: tl.constexpr):
 # Lists the blocks that one (row, head) attends to, ascending and then -1; returns how many there are.
 @triton.jit
 def select_blocks(
-    b_score, b_heat, nb, p_selected, p_num,
-    SINK: tl.constexpr, RECENT: tl.constexpr, QUERY: tl.constexpr, AGNOSTIC: tl.constexpr,
+    b_score, b_heat, nb, limit, p_selected, p_num,
+    SINK: tl.constexpr, RECENT: tl.constexpr, QUERY: tl.constexpr, AGNOSTIC: tl.constexpr, RULE: tl.constexpr,
     S: tl.constexpr, S_P: tl.constexpr, N_P: tl.constexpr,
 ):  # fmt: skip
     o_s = tl.arange(0, S_P)
@@ -93,7 +153,9 @@ def select_blocks(
         b_id = tl.where((nb <= S) | (o_s < SINK), o_s, o_s - SINK + nb - RECENT)
         tl.store(p_selected + o_s, b_id, mask=o_s < b_count)
     else:
-        m_chosen = choose(b_score, b_heat, nb, SINK, RECENT, QUERY, AGNOSTIC, S, N_P)
+        m_chosen = choose(b_score, b_heat, nb, limit, SINK, RECENT, QUERY, AGNOSTIC, RULE, S, N_P)
+        if RULE != "fixed":
+            b_count = tl.sum(m_chosen.to(tl.int32), axis=0)
         b_place = ranks(m_chosen, N_P) - 1
         tl.store(p_selected + b_place, tl.arange(0, N_P), mask=m_chosen)
     tl.store(p_selected + o_s, tl.full([S_P], -1, tl.int32), mask=(o_s >= b_count) & (o_s < S))
@@ -117,9 +179,9 @@ def fold_heat(p_heat, b_heat, b_score, m_n, heat_decay, NORMALISE: tl.constexpr)
 # [B, Hkv, S] and num_selected [B, Hkv] contiguous. N_P and S_P are N and S rounded up to powers of two.
 @triton.jit
 def select_kernel(
-    block_scores, heat, seq_lens, selected_blocks, num_selected, block_size, heat_decay, Hkv,
+    block_scores, heat, seq_lens, selected_blocks, num_selected, block_size, heat_decay, limit, Hkv,
     stride_sb, stride_sh, stride_hb, stride_hh,
-    SINK: tl.constexpr, RECENT: tl.constexpr, QUERY: tl.constexpr, AGNOSTIC: tl.constexpr,
+    SINK: tl.constexpr, RECENT: tl.constexpr, QUERY: tl.constexpr, AGNOSTIC: tl.constexpr, RULE: tl.constexpr,
     NORMALISE: tl.constexpr, S: tl.constexpr, S_P: tl.constexpr, N_P: tl.constexpr,
 ):  # fmt: skip
     i_row = tl.program_id(0).to(tl.int64)
@@ -135,8 +197,8 @@ def select_kernel(
         p_heat = heat + i_b * stride_hb + i_h * stride_hh + o_n
         b_heat = tl.load(p_heat, mask=m_n, other=0.0)
     select_blocks(
-        b_score, b_heat, nb, selected_blocks + i_row * S, num_selected + i_row,
-        SINK, RECENT, QUERY, AGNOSTIC, S, S_P, N_P,
+        b_score, b_heat, nb, limit, selected_blocks + i_row * S, num_selected + i_row,
+        SINK, RECENT, QUERY, AGNOSTIC, RULE, S, S_P, N_P,
     )  # fmt: skip
     if NORMALISE != "none":
         fold_heat(p_heat, b_heat, b_score, m_n, heat_decay, NORMALISE)
@@ -156,6 +218,8 @@ def select(
     agnostic_blocks: int,
     heat_decay: float,
     normalise: str,
+    rule: str = "fixed",
+    limit: float = 0.0,
 ) -> None:
     """Select forced, best-scoring and hottest blocks of every (row, head), then update the heat.
 
@@ -163,10 +227,9 @@ def select(
     contiguous, the last dim of the others too. One launch on the current stream, no wait.
 
     Raises:
-        ValueError: an unknown `normalise`, scores or heat are needed and not given, a strided tensor, or more
-            blocks than a program can hold (32768).
+        ValueError: as the reference, a strided tensor, or more blocks than a program can hold (32768).
     """
-    check_arguments(block_scores, heat, query_blocks, agnostic_blocks, normalise)
+    check_arguments(block_scores, heat, query_blocks, agnostic_blocks, normalise, rule, limit)
     num_rows, num_kv_heads, width = selected_blocks.shape
     given = [t for t in (block_scores, heat) if t is not None]
     num_blocks = given[0].shape[2] if given else 1
@@ -178,11 +241,12 @@ def select(
         raise ValueError("scores and heat need a contiguous last dim, the outputs must be contiguous")
     padded = triton.next_power_of_2(num_blocks)
     select_kernel[(num_rows * num_kv_heads,)](
-        block_scores, heat, seq_lens, selected_blocks, num_selected, block_size, heat_decay, num_kv_heads,
+        block_scores, heat, seq_lens, selected_blocks, num_selected, block_size, heat_decay,
+        limit_of(rule, limit), num_kv_heads,
         *(block_scores.stride()[:2] if block_scores is not None else (0, 0)),
         *(heat.stride()[:2] if heat is not None else (0, 0)),
         SINK=sink_blocks, RECENT=recent_blocks, QUERY=query_blocks, AGNOSTIC=agnostic_blocks,
-        NORMALISE=normalise, S=width, S_P=triton.next_power_of_2(width), N_P=padded,
+        RULE=rule, NORMALISE=normalise, S=width, S_P=triton.next_power_of_2(width), N_P=padded,
         num_warps=warps_of(padded),
     )  # fmt: skip
 

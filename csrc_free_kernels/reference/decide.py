@@ -52,6 +52,8 @@ def decide(
     agnostic_blocks: int,
     heat_decay: float,
     normalise: str,
+    rule: str = "fixed",
+    limit: float = 0.0,
 ) -> None:
     """Score, select and resolve: which blocks this step attends to, where they are, what must be loaded.
 
@@ -81,6 +83,7 @@ def decide(
         query_blocks, agnostic_blocks: blocks taken by score, and by heat among what is left.
         heat_decay: factor on the old heat.
         normalise: how scores enter the heat: "sum", "softmax" or "none".
+        rule, limit: how many of `query_blocks` are taken, as in `select`.
 
     Raises:
         ValueError: an unknown `score`, or one of the errors of the three ops.
@@ -96,7 +99,7 @@ def decide(
         None if score == "none" else block_scores, heat, seq_lens, selected_blocks, num_selected,
         block_size=block_size, sink_blocks=sink_blocks, recent_blocks=recent_blocks,
         query_blocks=query_blocks, agnostic_blocks=agnostic_blocks, heat_decay=heat_decay,
-        normalise=normalise,
+        normalise=normalise, rule=rule, limit=limit,
     )  # fmt: skip
     resolve(
         selected_blocks, num_selected, seq_lens, host_table, slot_of, block_in, last_used, slot_base,

@@ -3,6 +3,12 @@
 import torch
 from torch import Tensor
 
+RULES = ("fixed", "scored", "threshold", "mass", "margin")
+WEIGHT_BITS = (
+    26  # a score weighs score / top score in these units, rounded up: exact whichever way it is added up
+)
+LIMIT_BITS = 20  # and a share of all weights is a multiple of 2^-20, so that products stay below 2^63
+
 
 def select(
     block_scores: Tensor | None,
@@ -18,6 +24,8 @@ def select(
     agnostic_blocks: int,
     heat_decay: float,
     normalise: str,
+    rule: str = "fixed",
+    limit: float = 0.0,
 ) -> None:
     """Select forced, best-scoring and hottest blocks of every (row, head), then update the heat.
 
@@ -36,14 +44,28 @@ def select(
         agnostic_blocks: blocks taken by heat among what is left.
         heat_decay: factor on the old heat.
         normalise: how scores enter the heat: "sum", "softmax" or "none" (heat is left unchanged).
+        rule: how many blocks are taken by score: "fixed" (`query_blocks`), or at most as many: "scored" (all with
+            a finite score), "threshold", "mass" or "margin".
+        limit: least share of a block's score, share of all scores to reach, or distance from the best score.
 
     Raises:
-        ValueError: an unknown `normalise`, or scores or heat are needed and not given.
+        ValueError: an unknown `normalise` or `rule`, a limit out of range, or scores or heat are needed and not
+            given.
     """
-    check_arguments(block_scores, heat, query_blocks, agnostic_blocks, normalise)
+    check_arguments(block_scores, heat, query_blocks, agnostic_blocks, normalise, rule, limit)
     width, device = selected_blocks.shape[2], selected_blocks.device
     nb = ((seq_lens + block_size - 1) // block_size)[:, None, None]  # [B, 1, 1]
-    if query_blocks + agnostic_blocks == 0:
+    if rule != "fixed" and block_scores is not None:
+        block = torch.arange(block_scores.shape[2], device=device)
+        chosen = ((block < sink_blocks) | (block >= nb - recent_blocks)) & (block < nb)
+        chosen = chosen.expand_as(block_scores)
+        scored = block_scores.isfinite() & (block < nb)
+        count = _allowance(block_scores.float(), scored, chosen, rule, limit).clamp(max=query_blocks)
+        chosen = chosen | _best(block_scores, scored & ~chosen, count)
+        if agnostic_blocks and heat is not None:
+            chosen = chosen | _best(heat, scored & ~chosen, agnostic_blocks)
+        _compact(chosen, selected_blocks, num_selected)
+    elif query_blocks + agnostic_blocks == 0:
         place = torch.arange(width, device=device)
         in_front = (nb <= width) | (place < sink_blocks)
         ids = torch.where(in_front, place, place - sink_blocks + nb - recent_blocks)
@@ -65,9 +87,21 @@ def select(
 
 
 def check_arguments(
-    block_scores: Tensor | None, heat: Tensor | None, query_blocks: int, agnostic_blocks: int, normalise: str
+    block_scores: Tensor | None,
+    heat: Tensor | None,
+    query_blocks: int,
+    agnostic_blocks: int,
+    normalise: str,
+    rule: str = "fixed",
+    limit: float = 0.0,
 ) -> None:
-    """Raise ValueError for an unknown `normalise`, or where scores or heat are needed and not given."""
+    """Raise ValueError for an unknown word, a limit out of range, or scores or heat needed and not given."""
+    if rule not in RULES:
+        raise ValueError(f"rule must be one of {RULES}, not {rule!r}")
+    if rule != "fixed" and query_blocks == 0:
+        raise ValueError(f"rule {rule!r} says how many of query_blocks are taken, which is 0")
+    if rule in ("threshold", "mass") and not 0 <= limit <= 1 or rule == "margin" and not limit >= 0:
+        raise ValueError(f"rule {rule!r} has no limit {limit}")
     if normalise not in ("sum", "softmax", "none"):
         raise ValueError(f"normalise must be 'sum', 'softmax' or 'none', not {normalise!r}")
     if block_scores is None and (query_blocks > 0 or normalise != "none"):
@@ -76,7 +110,30 @@ def check_arguments(
         raise ValueError(f"agnostic_blocks = {agnostic_blocks}, normalise = {normalise!r} need heat")
 
 
-def _best(values: Tensor, candidate: Tensor, count: int) -> Tensor:
+def limit_of(rule: str, limit: float) -> int | float:
+    """Return the limit as kernels take it: a share in units of 2^-LIMIT_BITS, a margin as it is."""
+    return round(limit * 2**LIMIT_BITS) if rule in ("threshold", "mass") else limit
+
+
+def _allowance(scores: Tensor, scored: Tensor, forced: Tensor, rule: str, limit: float) -> Tensor:
+    """Return how many blocks a rule takes by score, int64 [B, Hkv, 1]; scores fp32, `scored` the finite ones."""
+    candidate = scored & ~forced
+    top = scores.masked_fill(~scored, -torch.inf).amax(-1, keepdim=True)
+    if rule == "scored":
+        return candidate.sum(-1, keepdim=True)
+    if rule == "margin":
+        return (candidate & (scores > top - limit)).sum(-1, keepdim=True)
+    weighs = scored & (scores > 0)
+    weight = torch.ceil(torch.where(weighs, scores / top, 0.0) * 2.0**WEIGHT_BITS).long()
+    share = weight.sum(-1, keepdim=True) * int(limit_of(rule, limit))
+    if rule == "threshold":
+        return (candidate & (weight > share >> LIMIT_BITS)).sum(-1, keepdim=True)
+    needed = (share + 2**LIMIT_BITS - 1 >> LIMIT_BITS) - (weight * forced).sum(-1, keepdim=True)
+    falling = (weight * candidate).sort(dim=-1, descending=True).values
+    return (falling.cumsum(-1) - falling < needed).sum(-1, keepdim=True)
+
+
+def _best(values: Tensor, candidate: Tensor, count: int | Tensor) -> Tensor:
     """Mark the `count` largest candidates, ties to the lower id."""
     values = torch.where(values.isnan(), -torch.inf, values) + 0.0  # -0.0 ties with 0.0
     order = values.sort(dim=-1, descending=True, stable=True).indices

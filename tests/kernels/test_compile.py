@@ -174,10 +174,10 @@ class World:
         args = (self.q, self.summary, self.host_table, self.rows, self.logits, self.num_selected, self.scores)
         return args, {"softmax_scale": 0.1, "block_size": 64} | kw
 
-    def select(self, normalise):
+    def select(self, normalise, **rule):
         policy = {"sink_blocks": 1, "recent_blocks": 16, "query_blocks": 24, "agnostic_blocks": 23}
         args = (self.scores, self.heat, self.rows, self.selected, self.num_selected)
-        return args, policy | {"block_size": 64, "heat_decay": 0.98, "normalise": normalise}
+        return args, policy | {"block_size": 64, "heat_decay": 0.98, "normalise": normalise} | rule
 
     def resolve(self):
         tables = (
@@ -200,14 +200,14 @@ class World:
         rules = (longs, floats, ints(64), floats, longs) if op == "sample" else ()
         return (logits, *rules, scratch, longs, ints(64)), {}
 
-    def decide(self, score, *, query=24, agnostic=23, normalise="sum"):
+    def decide(self, score, *, query=24, agnostic=23, normalise="sum", **rule):
         tables = (self.slot_of, self.block_in, self.last_used, self.slot_base, self.slot_count, self.step)
         scratch = (self.logits, self.num_selected, self.scores)
         lists = (self.slots, self.slots, self.loads, self.loads, self.loads, self.load_count, self.counters)
         args = (self.q, self.summary, self.heat, self.rows, self.host_table, *tables, *scratch)
         shares = {"sink_blocks": 1, "recent_blocks": 16, "query_blocks": query, "agnostic_blocks": agnostic}
         rest = {"softmax_scale": 0.1, "block_size": 64, "heat_decay": 0.98, "normalise": normalise}
-        return (*args, self.selected, self.num_selected, *lists), {"score": score} | shares | rest
+        return (*args, self.selected, self.num_selected, *lists), {"score": score} | shares | rest | rule
 
     def attend_fetch(self, **kw):
         lists = (self.loads, self.loads, self.loads, self.load_count)
@@ -324,6 +324,8 @@ CASES = {
     "score_minmax-mean": ("score_minmax", lambda: World(W=2).score(group_by="mean"), (80, 90), False),
     "select-sum": ("select", lambda: World().select("sum"), (80, 90), False),
     "select-softmax": ("select", lambda: World().select("softmax"), (90,), False),
+    "select-mass": ("select", lambda: World().select("sum", rule="mass", limit=0.9), (80, 90), False),
+    "select-margin": ("select", lambda: World().select("softmax", rule="margin", limit=5.0), (90,), False),
     "sample": ("sample", lambda: World().sample(), (80, 90), True),
     "sample-fp32": ("sample", lambda: World().sample(dtype=FP32), (80, 90), True),
     "sample-fp16": ("sample", lambda: World().sample(dtype=torch.float16), (90,), True),
@@ -357,6 +359,13 @@ CASES = {
         True,
     ),
     "decide-given": ("decide", lambda: World().decide("given"), (90,), False),
+    "decide-mean-mass": ("decide", lambda: World(W=1).decide("mean", rule="mass", limit=0.9), (80, 90), True),
+    "decide-given-threshold": (
+        "decide",
+        lambda: World().decide("given", rule="threshold", limit=0.002),
+        (90,),
+        False,
+    ),
     "decide-none": (
         "decide",
         lambda: World().decide("none", query=0, agnostic=0, normalise="none"),

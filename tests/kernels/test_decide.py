@@ -33,6 +33,14 @@ CASES = {
     "streaming": ("none", 2, 4, 64, 7, 6, (1, 4, 0, 0), [100, 0, 33, 80], "none", FP32),
     "full": ("none", 1, 4, 64, 30, 29, (0, 1, 0, 0), [200, 17], "none", FP32),
 }
+# As above; rule, limit.
+RULED = {
+    "mean-mass": ("mean-many", "mass", 0.04),
+    "mean-threshold": ("mean", "threshold", 0.12),
+    "windows-mass": ("windows-many", "mass", 0.04),
+    "minmax-margin": ("minmax-many", "margin", 0.3),
+    "given-scored": ("given", "scored", 0.0),
+}
 # A million tokens in blocks of 64 have as many blocks.
 LONG = ("given", 1, 1, 8, 70, 64, (1, 16, 24, 23), [16384 * C - 3], "sum", FP32)
 WIDTHS = {"mean": 1, "windows": 4, "minmax": 2, "minmax-pages": 8}
@@ -158,6 +166,19 @@ def check(fn, device, world: World):
 @pytest.mark.parametrize(("fn", "device"), homes("decide"))
 def test_matches_reference(fn, device, case, resident):
     check(fn, device, build(case, resident=resident))
+
+
+@pytest.mark.parametrize("ruled", RULED)
+@pytest.mark.parametrize(("fn", "device"), homes("decide"))
+def test_rules(fn, device, ruled):
+    """Fewer blocks than the budget where the rule says so, and only those are hits, misses and loads."""
+    case, rule, limit = RULED[ruled]
+    world = build(case)
+    world.kw |= {"rule": rule, "limit": limit}
+    want = check(fn, device, world)
+    selected, count = want[1][:2]
+    assert torch.equal((selected >= 0).sum(-1).int(), count)
+    assert rule == "scored" or (count[world.pools.seq_lens > C * world.width] < world.width).any()
 
 
 @pytest.mark.parametrize("case", ["given", "given-query-only", "none-heat-only", "mean"])
