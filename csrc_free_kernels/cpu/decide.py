@@ -55,6 +55,7 @@ def decide(
     normalise: str,
     rule: str = "fixed",
     limit: float = 0.0,
+    due: Tensor | None = None,
 ) -> None:
     """Score, select and resolve: which blocks this step attends to, where they are, what must be loaded.
 
@@ -64,14 +65,14 @@ def decide(
     if score in SCORERS:
         assert q is not None and summary is not None and block_scores is not None
         SCORERS[score](
-            q, summary, host_table, seq_lens, logits, arrivals, block_scores,
+            q, summary, host_table, seq_lens if due is None else seq_lens * due, logits, arrivals, block_scores,
             softmax_scale=softmax_scale, block_size=block_size,
         )  # fmt: skip
     select(
         None if score == "none" else block_scores, heat, seq_lens, selected_blocks, num_selected,
         block_size=block_size, sink_blocks=sink_blocks, recent_blocks=recent_blocks,
         query_blocks=query_blocks, agnostic_blocks=agnostic_blocks, heat_decay=heat_decay,
-        normalise=normalise, rule=rule, limit=limit,
+        normalise=normalise, rule=rule, limit=limit, due=due,
     )  # fmt: skip
     resolve(
         selected_blocks, num_selected, seq_lens, host_table, slot_of, block_in, last_used, slot_base,

@@ -11,6 +11,7 @@ LOWEST_KEY = np.int32(-(2**31))  # below the key of -inf, so only for what may n
 FIXED, SCORED, THRESHOLD, MASS, MARGIN = (RULES.index(name) for name in RULES)
 SHARES = np.int64(1 << LIMIT_BITS)
 MODES = {"none": 0, "sum": 1, "softmax": 2}
+NO_ROWS = np.empty(0, np.int32)
 NOTHING = np.empty((0, 0, 0), np.float32)  # stands for scores or heat that are not given
 
 
@@ -128,11 +129,13 @@ def update_heat(scores, heat, decay, softmax):
 @nb.njit(cache=True, parallel=True)
 def select_kernel(
     scores, score_bits, heat, heat_bits, seq_lens, selected, num_selected, block_size, sink, recent, query,
-    agnostic, decay, mode, rule, share, margin,
+    agnostic, decay, mode, rule, share, margin, due,
 ):  # fmt: skip
     num_rows, num_kv_heads, width = selected.shape
     for i in nb.prange(num_rows * num_kv_heads):
         b, h = i // num_kv_heads, i % num_kv_heads
+        if due.size > 0 and due[b] == 0 and seq_lens[b] > 0:
+            continue
         blocks = (seq_lens[b] + block_size - 1) // block_size
         out = selected[b, h]
         if rule == FIXED and blocks <= width:
@@ -180,6 +183,7 @@ def select(
     normalise: str,
     rule: str = "fixed",
     limit: float = 0.0,
+    due: Tensor | None = None,
 ) -> None:
     """Select forced, best-scoring and hottest blocks of every (row, head), then update the heat.
 
@@ -196,4 +200,5 @@ def select(
         num_selected.numpy(), block_size, sink_blocks, recent_blocks, query_blocks, agnostic_blocks,
         np.float32(heat_decay), MODES[normalise], RULES.index(rule),
         np.int64(limit_of(rule, limit) if rule in ("threshold", "mass") else 0), np.float32(limit),
+        NO_ROWS if due is None else due.numpy(),
     )  # fmt: skip

@@ -55,14 +55,14 @@ def pool_scores(
 # summaries are scored at once, POOL_TILE pooled, SLOTS looked at for victims.
 @triton.jit
 def decide_kernel(
-    q, summary, heat, seq_lens, host_table, slot_of, block_in, last_used, slot_base, slot_count, step,
+    q, summary, heat, seq_lens, due, host_table, slot_of, block_in, last_used, slot_base, slot_count, step,
     logits, arrivals, block_scores, selected_blocks, num_selected, hit_slots, miss_slots,
     load_src, load_dst, load_at, load_count, counters,
     softmax_scale, heat_decay, limit, num_blocks, block_size, Hkv, id_range,
     stride_qb, stride_qh, stride_sp, stride_sh, stride_sw, stride_tb, stride_lb, stride_lh,
     stride_bb, stride_bh, stride_hb, stride_hh, stride_ob, stride_oh,
     SCORE: tl.constexpr, NORMALISE: tl.constexpr, SINK: tl.constexpr, RECENT: tl.constexpr,
-    QUERY: tl.constexpr, AGNOSTIC: tl.constexpr, RULE: tl.constexpr,
+    QUERY: tl.constexpr, AGNOSTIC: tl.constexpr, RULE: tl.constexpr, DUE: tl.constexpr,
     G: tl.constexpr, G_P: tl.constexpr, G_POOL: tl.constexpr,
     D: tl.constexpr, D_P: tl.constexpr, W: tl.constexpr, TILE: tl.constexpr, POOL_TILE: tl.constexpr,
     S: tl.constexpr, S_P: tl.constexpr, N_P: tl.constexpr, SLOTS: tl.constexpr, UPCAST_DOT: tl.constexpr,
@@ -70,16 +70,21 @@ def decide_kernel(
     i_row = tl.program_id(0).to(tl.int64)
     i_b, i_h = (tl.program_id(0) // Hkv).to(tl.int64), (tl.program_id(0) % Hkv).to(tl.int64)
     seq_len, i_step = tl.load(seq_lens + i_b), tl.load(step)
+    is_due = True
+    scored_len = seq_len  # a row that is not due has nothing to score
+    if DUE:
+        is_due = (tl.load(due + i_b) != 0) | (seq_len == 0)
+        scored_len = tl.where(is_due, seq_len, 0)
     is_last = True
     if SCORE == "mean" or SCORE == "windows":
         is_last = unit_logits(
-            q, summary, host_table, seq_len, logits, arrivals, softmax_scale, num_blocks * W,
+            q, summary, host_table, scored_len, logits, arrivals, softmax_scale, num_blocks * W,
             block_size // W, i_b, i_h, stride_qb, stride_qh, stride_sp, stride_sh, stride_sw, stride_tb,
             stride_lb, stride_lh, G, G_P, D, D_P, W, TILE, UPCAST_DOT,
         )  # fmt: skip
     elif SCORE == "minmax":
         bounds(
-            q, summary, host_table, seq_len, block_scores, softmax_scale, num_blocks, block_size, i_b, i_h,
+            q, summary, host_table, scored_len, block_scores, softmax_scale, num_blocks, block_size, i_b, i_h,
             stride_qb, stride_qh, stride_sp, stride_sh, stride_sw, stride_tb, stride_bb, stride_bh,
             G, G_P, D, D_P, W, TILE, False, UPCAST_DOT,
         )  # fmt: skip
@@ -94,14 +99,17 @@ def decide_kernel(
         if SCORE != "none":
             p_scores = block_scores + i_b * stride_bb + i_h * stride_bh
             b_score = pool_scores(
-                logits, i_b * stride_lb + i_h * G * stride_lh, p_scores, seq_len, num_blocks, block_size,
+                logits, i_b * stride_lb + i_h * G * stride_lh, p_scores, scored_len, num_blocks, block_size,
                 stride_lh, SCORE, G, G_POOL, W, POOL_TILE, N_P,
             )  # fmt: skip
         p_selected, p_slot_of = selected_blocks + i_row * S, slot_of + i_b * stride_ob + i_h * stride_oh
-        b_count = select_blocks(
-            b_score, b_heat, nb, limit, p_selected, num_selected + i_row,
-            SINK, RECENT, QUERY, AGNOSTIC, RULE, S, S_P, N_P,
-        )  # fmt: skip
+        if is_due:
+            b_count = select_blocks(
+                b_score, b_heat, nb, limit, p_selected, num_selected + i_row,
+                SINK, RECENT, QUERY, AGNOSTIC, RULE, S, S_P, N_P,
+            )  # fmt: skip
+        else:
+            b_count = tl.load(num_selected + i_row)
         tl.debug_barrier()  # the list is read by other threads than wrote it
         o_s = tl.arange(0, S_P)
         b_block = tl.load(p_selected + o_s, mask=o_s < b_count, other=0)
@@ -111,7 +119,7 @@ def decide_kernel(
             last_used, slot_base + i_row, slot_count + i_row, hit_slots + i_row * S, miss_slots + i_row * S,
             load_src, load_dst, load_at, load_count, counters + i_row * 5, SINK, RECENT, id_range, Hkv, S, S_P, SLOTS,
         )  # fmt: skip
-        if NORMALISE != "none":
+        if NORMALISE != "none" and is_due:
             fold_heat(p_heat, b_heat, b_score, o_n < nb, heat_decay, NORMALISE)
 
 
@@ -151,6 +159,7 @@ def decide(
     normalise: str,
     rule: str = "fixed",
     limit: float = 0.0,
+    due: Tensor | None = None,
 ) -> None:
     """Score, select and resolve: which blocks this step attends to, where they are, what must be loaded.
 
@@ -186,7 +195,7 @@ def decide(
     padded, pooled, dim_p = (triton.next_power_of_2(n) for n in (num_blocks, group, dim))
     splits, sizes = decide_sizes(score, q, summary, rows * heads, padded, pooled)
     decide_kernel[(rows * heads, splits)](
-        q, summary, heat, seq_lens, host_table, slot_of, block_in, last_used, slot_base, slot_count, step,
+        q, summary, heat, seq_lens, due, host_table, slot_of, block_in, last_used, slot_base, slot_count, step,
         logits, arrivals, block_scores, selected_blocks, num_selected, hit_slots, miss_slots,
         load_src, load_dst, load_at, load_count, counters,
         softmax_scale, heat_decay, limit_of(rule, limit), num_blocks, block_size, heads,
@@ -194,8 +203,9 @@ def decide(
         *strides_of(q, 2), *strides_of(summary, 3), host_table.stride(0), *strides_of(logits, 2),
         *strides_of(block_scores, 2), *strides_of(heat, 2), *strides_of(slot_of, 2),
         SCORE=score, NORMALISE=normalise, SINK=sink_blocks, RECENT=recent_blocks, QUERY=query_blocks,
-        AGNOSTIC=agnostic_blocks, RULE=rule, G=group, G_P=max(16, pooled), G_POOL=pooled, D=dim, D_P=dim_p,
-        W=units, S=width, S_P=triton.next_power_of_2(width), N_P=padded, SLOTS=tile_of_slots(block_in, rows * heads),
+        AGNOSTIC=agnostic_blocks, RULE=rule, DUE=due is not None, G=group, G_P=max(16, pooled), G_POOL=pooled,
+        D=dim, D_P=dim_p, W=units, S=width, S_P=triton.next_power_of_2(width), N_P=padded,
+        SLOTS=tile_of_slots(block_in, rows * heads),
         UPCAST_DOT=not seq_lens.is_cuda, **sizes,
     )  # fmt: skip
 

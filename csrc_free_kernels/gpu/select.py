@@ -179,14 +179,17 @@ def fold_heat(p_heat, b_heat, b_score, m_n, heat_decay, NORMALISE: tl.constexpr)
 # [B, Hkv, S] and num_selected [B, Hkv] contiguous. N_P and S_P are N and S rounded up to powers of two.
 @triton.jit
 def select_kernel(
-    block_scores, heat, seq_lens, selected_blocks, num_selected, block_size, heat_decay, limit, Hkv,
+    block_scores, heat, seq_lens, due, selected_blocks, num_selected, block_size, heat_decay, limit, Hkv,
     stride_sb, stride_sh, stride_hb, stride_hh,
     SINK: tl.constexpr, RECENT: tl.constexpr, QUERY: tl.constexpr, AGNOSTIC: tl.constexpr, RULE: tl.constexpr,
-    NORMALISE: tl.constexpr, S: tl.constexpr, S_P: tl.constexpr, N_P: tl.constexpr,
+    NORMALISE: tl.constexpr, DUE: tl.constexpr, S: tl.constexpr, S_P: tl.constexpr, N_P: tl.constexpr,
 ):  # fmt: skip
     i_row = tl.program_id(0).to(tl.int64)
     i_b, i_h = (tl.program_id(0) // Hkv).to(tl.int64), (tl.program_id(0) % Hkv).to(tl.int64)
-    nb = (tl.load(seq_lens + i_b) + block_size - 1) // block_size
+    seq_len = tl.load(seq_lens + i_b)
+    if DUE and (tl.load(due + i_b) == 0) & (seq_len > 0):
+        return
+    nb = (seq_len + block_size - 1) // block_size
     o_n = tl.arange(0, N_P)
     m_n = o_n < nb
     b_score, b_heat = tl.zeros([N_P], tl.float32), tl.zeros([N_P], tl.float32)
@@ -220,6 +223,7 @@ def select(
     normalise: str,
     rule: str = "fixed",
     limit: float = 0.0,
+    due: Tensor | None = None,
 ) -> None:
     """Select forced, best-scoring and hottest blocks of every (row, head), then update the heat.
 
@@ -241,12 +245,12 @@ def select(
         raise ValueError("scores and heat need a contiguous last dim, the outputs must be contiguous")
     padded = triton.next_power_of_2(num_blocks)
     select_kernel[(num_rows * num_kv_heads,)](
-        block_scores, heat, seq_lens, selected_blocks, num_selected, block_size, heat_decay,
+        block_scores, heat, seq_lens, due, selected_blocks, num_selected, block_size, heat_decay,
         limit_of(rule, limit), num_kv_heads,
         *(block_scores.stride()[:2] if block_scores is not None else (0, 0)),
         *(heat.stride()[:2] if heat is not None else (0, 0)),
         SINK=sink_blocks, RECENT=recent_blocks, QUERY=query_blocks, AGNOSTIC=agnostic_blocks,
-        RULE=rule, NORMALISE=normalise, S=width, S_P=triton.next_power_of_2(width), N_P=padded,
+        RULE=rule, NORMALISE=normalise, DUE=due is not None, S=width, S_P=triton.next_power_of_2(width), N_P=padded,
         num_warps=warps_of(padded),
     )  # fmt: skip
 

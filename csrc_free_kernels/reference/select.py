@@ -26,6 +26,7 @@ def select(
     normalise: str,
     rule: str = "fixed",
     limit: float = 0.0,
+    due: Tensor | None = None,
 ) -> None:
     """Select forced, best-scoring and hottest blocks of every (row, head), then update the heat.
 
@@ -47,12 +48,16 @@ def select(
         rule: how many blocks are taken by score: "fixed" (`query_blocks`), or at most as many: "scored" (all with
             a finite score), "threshold", "mass" or "margin".
         limit: least share of a block's score, share of all scores to reach, or distance from the best score.
+        due: int32 [B], active rows at 0 keep what the lists hold, and their heat; None: every row is due.
 
     Raises:
         ValueError: an unknown `normalise` or `rule`, a limit out of range, or scores or heat are needed and not
             given.
     """
     check_arguments(block_scores, heat, query_blocks, agnostic_blocks, normalise, rule, limit)
+    if due is not None:
+        waits = ((due == 0) & (seq_lens > 0))[:, None, None]
+        before = [t if t is None else t.clone() for t in (selected_blocks, num_selected[..., None], heat)]
     width, device = selected_blocks.shape[2], selected_blocks.device
     nb = ((seq_lens + block_size - 1) // block_size)[:, None, None]  # [B, 1, 1]
     if rule != "fixed" and block_scores is not None:
@@ -84,6 +89,10 @@ def select(
         _compact(chosen, selected_blocks, num_selected)
     if normalise != "none" and block_scores is not None and heat is not None:
         _update_heat(block_scores, heat, nb, heat_decay, normalise)
+    if due is not None:
+        for now, old in zip((selected_blocks, num_selected[..., None], heat), before, strict=True):
+            if now is not None and old is not None:
+                now.copy_(torch.where(waits, old, now))
 
 
 def check_arguments(

@@ -360,6 +360,8 @@ CASES = {
     ),
     "decide-given": ("decide", lambda: World().decide("given"), (90,), False),
     "decide-mean-mass": ("decide", lambda: World(W=1).decide("mean", rule="mass", limit=0.9), (80, 90), True),
+    "decide-mean-due": ("decide", lambda: World(W=1).decide("mean", due=ints(8)), (90,), True),
+    "select-due": ("select", lambda: World().select("sum", due=ints(8)), (90,), False),
     "decide-given-threshold": (
         "decide",
         lambda: World().decide("given", rule="threshold", limit=0.002),

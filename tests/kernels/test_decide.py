@@ -104,7 +104,7 @@ def summaries(pools, score, heads, dim, seq_lens, dtype) -> torch.Tensor:
     return summary
 
 
-def run(fn, device, world: World):
+def run(fn, device, world: World, *, lists=None, **more):
     """Returns pools after the step, exact outputs, the load list as a sorted list of pairs, scores and heat."""
     wide = torch.float64 if world.q is not None and world.q.dtype == torch.float64 else FP32
     pools = world.pools.copy(device)
@@ -122,6 +122,8 @@ def run(fn, device, world: World):
         poison(rows, heads, world.width, dtype=torch.int32, device=device) for _ in range(3)
     )
     count = poison(rows, heads, dtype=torch.int32, device=device)
+    if lists is not None:
+        selected, count = (move(t) for t in lists)
     load_src, load_dst, load_at = (
         poison(rows * heads * world.width + 2, dtype=torch.int32, device=device) for _ in range(3)
     )
@@ -130,7 +132,8 @@ def run(fn, device, world: World):
     fn(
         move(world.q), move(world.summary), heat, pools.seq_lens, pools.host_table, pools.slot_of,
         pools.block_in, pools.last_used, pools.slot_base, pools.slot_count, pools.step, logits, arrivals,
-        scores, selected, count, hits, misses, load_src, load_dst, load_at, load_count, counters, **world.kw,
+        scores, selected, count, hits, misses, load_src, load_dst, load_at, load_count, counters,
+        **world.kw, **more,
     )  # fmt: skip
     assert arrivals is None or not arrivals.any(), "the counters are left at zero for the next call"
     num = int(load_count)
@@ -179,6 +182,28 @@ def test_rules(fn, device, ruled):
     selected, count = want[1][:2]
     assert torch.equal((selected >= 0).sum(-1).int(), count)
     assert rule == "scored" or (count[world.pools.seq_lens > C * world.width] < world.width).any()
+
+
+@pytest.mark.parametrize("case", ["mean", "windows", "minmax", "given"])
+@pytest.mark.parametrize("home", ["reference", "triton", "numba"])
+def test_rows_that_are_not_due(home, case):
+    """They resolve the list they had, are not scored, and keep their heat; the others are as without."""
+    fn, device = {p.id: p.values for p in homes("decide")}.get(home, (reference, "cpu"))
+    world = build(case)
+    _, (lists, count, *_), _, _, _ = run(reference, "cpu", world)
+    earlier = dataclasses.replace(world, pools=world.pools.copy("cpu"))
+    earlier.summary = None if world.summary is None else torch.full_like(world.summary, torch.nan)
+    due = torch.tensor([0] * len(world.pools.seq_lens), dtype=torch.int32, device=device)
+    got = run(fn, device, earlier, lists=(lists, count), due=due)
+    assert torch.equal(got[1][0], lists) and torch.equal(got[1][1], count)
+    want = run(reference, "cpu", world.given(torch.zeros_like(got[3])), lists=(lists, count), due=due.cpu())
+    assert_same(got[0], want[0])
+    for x, y in zip(got[1], want[1], strict=True):
+        assert torch.equal(x, y)
+    assert got[2] == want[2]
+    assert torch.equal(got[4].nan_to_num(-5.0), world.heat.nan_to_num(-5.0))
+    due = torch.tensor([1] * len(due), dtype=torch.int32, device=device)
+    assert run(fn, device, world, due=due)[2] == run(fn, device, world)[2]
 
 
 @pytest.mark.parametrize("case", ["given", "given-query-only", "none-heat-only", "mean"])

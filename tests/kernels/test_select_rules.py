@@ -127,6 +127,27 @@ def test_shares_mean_what_they_say():
     assert ids("margin", 7.5, query=3) == [0, 1, 2, 3, 5, -1], "the budget is a cap"
 
 
+@pytest.mark.parametrize(
+    "case", [("fixed", 0.0, (1, 2, 3, 2)), ("mass", 0.5, (1, 2, 3, 2)), ("fixed", 0.0, (1, 4, 0, 0))]
+)
+@pytest.mark.parametrize("home", ["reference", "triton", "numba"])
+def test_rows_that_are_not_due_keep_their_lists(home, case):
+    """Active rows at 0 keep list, count and heat, whatever their scores; inactive rows are empty all the same."""
+    fn, device = {p.id: p.values for p in homes("select")}.get(home, (reference, "cpu"))
+    rule, limit, shares = case
+    lens, S = [300, 299, 8, 0, 0, 77], 9
+    scores, heat = (random_scores(6, 2, 40, 8, lens, "ties") for _ in range(2))
+    kw = dict(block_size=8, rule=rule, limit=limit, normalise="sum")
+    due = torch.tensor([1, 0, 0, 0, 1, 1], dtype=torch.int32, device=device)
+    new = run(reference, "cpu", scores, heat, lens, S, shares, **kw)
+    got = run(fn, device, scores, heat, lens, S, shares, due=due, **kw)
+    for now, fresh, old in zip(got, new, (torch.tensor(-77), torch.tensor(-77), heat), strict=True):
+        kept = [1, 2]
+        assert torch.equal(now[kept], old.expand_as(fresh)[kept].to(now.dtype))
+        rest = [0, 3, 4, 5]
+        assert torch.allclose(now[rest].float(), fresh[rest].float())
+
+
 @pytest.mark.parametrize("home", ["reference", "triton", "numba"])
 def test_refuses_what_has_no_meaning(home):
     fn, device = {p.id: p.values for p in homes("select")}.get(home, (reference, "cpu"))
