@@ -63,6 +63,7 @@ class SelectionConfig:
     method: Literal[
         "full", "streaming", "mean_key", "infllm_v2", "quest", "moba", "arkvale", "lserve",
         "nosa", "dma", "seer_r", "nsa_select", "h2o", "tova", "snapkv", "hisa", "token_select",
+        "duo", "moa", "power",
     ] = "mean_key"  # fmt: skip
     """How blocks are scored. `full` drops nothing; `streaming` keeps sink and recent blocks only."""
     token_budget: int | Literal["auto"] = "auto"
@@ -85,6 +86,17 @@ class SelectionConfig:
     """Indices of layers that attend to everything; each at least 0."""
     remainder: Literal["none", "centroid"] = "none"
     """What stands for the blocks that are not selected: `none`, or `centroid`, their mean key and mean value."""
+    budget: Literal["fixed", "threshold", "mass", "margin"] = "fixed"
+    """How many blocks the scorer takes: as many as the budget leaves (`fixed`), or at most as many: those with a share
+    of all scores above a limit (`threshold`), the fewest that reach a share together (`mass`), or those less than a
+    limit below the best logit (`margin`)."""
+    budget_limit: float = 0.0
+    """The limit: above 0, for `threshold` and `mass` at most 1; 0 for `fixed`, which has none."""
+    reuse_layers: dict[int, int] | str = field(default_factory=dict)
+    """Layers that attend to what an earlier layer selected in the same step, each with that layer; or the file that
+    `rheo trace plan` wrote. The layers have as many KV heads."""
+    reuse_steps: int = 1
+    """Decode steps that one selection serves; at least 1. A row selects anew when it opens a block, in any case."""
     params: dict[str, Any] = field(default_factory=dict)
     """The method's own parameters, checked by the method when a model is offloaded (docs/selectors.md)."""
 
@@ -99,6 +111,15 @@ class SelectionConfig:
         for name in ("query_agnostic_share", "heat_decay"):
             value = getattr(self, name)
             require(0 <= value <= 1, f"selection.{name}", "between 0 and 1", value)
+        limit, most = self.budget_limit, 1 if self.budget in ("threshold", "mass") else math.inf
+        allowed = (
+            f"above 0 and at most {most} for budget {self.budget}"
+            if self.budget != "fixed"
+            else "0 for budget fixed"
+        )
+        valid = 0 < limit <= most if self.budget != "fixed" else limit == 0
+        require(valid, "selection.budget_limit", allowed, limit)
+        require(self.reuse_steps >= 1, "selection.reuse_steps", "at least 1", self.reuse_steps)
         valid = all(i >= 0 for i in dense) and len(set(dense)) == len(dense)
         require(valid, "selection.dense_layers", "layer indices >= 0, each once", list(dense))
 

@@ -61,7 +61,11 @@ def _conforms(value: Any, expected: Any) -> bool:
     if origin is tuple:
         return isinstance(value, tuple) and all(_conforms(item, args[0]) for item in value)
     if origin is dict:
-        return isinstance(value, dict) and all(isinstance(key, str) for key in value)
+        return isinstance(value, dict) and all(
+            _conforms(k, args[0]) and _conforms(v, args[1]) for k, v in value.items()
+        )
+    if expected is Any:
+        return True
     if expected is float:
         return isinstance(value, int | float) and not isinstance(value, bool)
     return type(value) is expected
@@ -75,6 +79,8 @@ def _spelled(expected: Any) -> str:
         return f"one of {', '.join(args)}" if len(args) > 1 else str(args[0])
     if origin is tuple:
         return f"a list, each item {_spelled(args[0])}"
+    if origin is dict and args[0] is int:
+        return "pairs of integers"
     names = {
         int: "an integer",
         float: "a number",

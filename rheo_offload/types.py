@@ -39,6 +39,10 @@ class Policy:
     agnostic_blocks: int
     """Hottest blocks whatever the query (they change slowly, which bounds the misses of a step)."""
     heat_decay: float
+    rule: str = "fixed"
+    """How many of the query and the agnostic blocks are taken: all (`fixed`), or at most all (op `select`)."""
+    limit: float = 0.0
+    """The rule's number."""
 
     def __post_init__(self) -> None:
         wanted = self.sink_blocks + self.recent_blocks + self.query_blocks + self.agnostic_blocks

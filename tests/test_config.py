@@ -259,8 +259,8 @@ def test_a_packaged_file_says_what_it_is_for_and_comments_every_key(name: str):
 
 def test_the_packaged_set_is_complete_and_the_default_is_the_default():
     names = [
-        "arkvale", "default", "dense", "dma", "h2o", "hisa", "infllm_v2", "lserve", "moba", "nosa", "quest", "snapkv",
-        "ssa", "streaming", "token_select", "tova",
+        "arkvale", "default", "dense", "dma", "duo", "h2o", "hisa", "infllm_v2", "lserve", "mass", "moa", "moba",
+        "nosa", "power", "quest", "snapkv", "ssa", "streaming", "token_select", "tova",
     ]  # fmt: skip
     assert packaged_names() == names
     assert RheoConfig.from_yaml("default") == RheoConfig()

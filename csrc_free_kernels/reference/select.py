@@ -4,10 +4,9 @@ import torch
 from torch import Tensor
 
 RULES = ("fixed", "scored", "threshold", "mass", "margin")
-WEIGHT_BITS = (
-    26  # a score weighs score / top score in these units, rounded up: exact whichever way it is added up
-)
-LIMIT_BITS = 20  # and a share of all weights is a multiple of 2^-20, so that products stay below 2^63
+# A score weighs score / top score in units of 2^-26, rounded up: integers, which add up alike in any order. A share of
+# all weights is a multiple of 2^-20, so that products stay below 2^63.
+WEIGHT_BITS, LIMIT_BITS = 26, 20
 
 
 def select(

@@ -92,6 +92,8 @@ class KVCache:
         self.active = torch.ones(rows, dtype=torch.int32, device=device)
         """1 = the row decodes in the next step; 0 = it keeps what it has."""
         self.step_lens = torch.zeros_like(self.seq_lens)
+        self.listed_at = torch.full_like(self.seq_lens, -1)
+        """Where kept selections of a row begin to serve (`selection.reuse_steps`), in tokens; -1: there are none."""
         self.version = 0
         self.step = torch.zeros(1, dtype=torch.int32, device=device)
         self.uploader = Uploader(device)
@@ -264,6 +266,7 @@ class KVCache:
         self.longest = [self.longest[s] for s in source]
         self.set_device_lengths()
         changed = torch.tensor(moved, device=self.device)
+        self.listed_at[changed] = -1
         for layer in self.full.values():
             layer.heat.copy_(layer.heat[index])
             residency.drop_rows(layer, changed)
@@ -338,6 +341,7 @@ class KVCache:
         for table in (self.seq_lens, self.active):
             table[row] = 0
         self.host_table[row] = -1
+        self.listed_at[row] = -1
         one = torch.arange(row, row + 1, device=self.device)
         for layer in self.full.values():
             layer.heat[row] = 0.0
@@ -372,6 +376,7 @@ class KVCache:
         self._drop_pages(shorter)
         self.lengths = shorter
         self.set_device_lengths()
+        self.listed_at.fill_(-1)
         first_absent = torch.tensor([self.blocks_of(n) for n in self.lengths], device=self.device)
         for layer in self.full.values():
             residency.drop_from(layer, first_absent)

@@ -4,7 +4,7 @@ import argparse
 from collections.abc import Callable
 
 from rheo_offload.config import RheoConfig, packaged_names
-from rheo_offload.selection.policy import make_selector
+from rheo_offload.selection.policy import check_budget, make_selector
 
 
 def add_config_options(parser: argparse.ArgumentParser) -> None:
@@ -32,7 +32,8 @@ def config_from(args: argparse.Namespace) -> RheoConfig:
     config = RheoConfig.from_yaml(args.config).with_overrides(args.overrides)
     # here already, so that a wrong parameter is refused before any weights are read
     selection, size = config.selection, config.cache.block_size
-    make_selector(selection.method, selection.params, block_size=size)
+    selector = make_selector(selection.method, selection.params, block_size=size)
+    check_budget(selector, selection.budget, selection.query_agnostic_share)
     return config
 
 

@@ -1,4 +1,4 @@
-"""`rheo trace`: record which KV blocks a run selects, replay them offline, report."""
+"""`rheo trace`: record which KV blocks a run selects, replay them offline, report, plan which layers can share."""
 
 import argparse
 import json
@@ -21,9 +21,11 @@ EXIT_INTERRUPTED = 130
 
 
 def add_parser(subparsers: Any) -> None:
-    """Add the `trace` verb and its three parts."""
+    """Add the `trace` verb and its parts."""
     parser = subparsers.add_parser(
-        "trace", help="record, replay and report which KV blocks a run selects", description=__doc__
+        "trace",
+        help="record, replay, report and plan from which KV blocks a run selects",
+        description=__doc__,
     )
     parts = parser.add_subparsers(dest="part", required=True, metavar="PART")
     recording = parts.add_parser("record", help="generate, and record what every step selects")
@@ -40,7 +42,18 @@ def add_parser(subparsers: Any) -> None:
     reporting.set_defaults(run=run_report)
     for part in (replaying, reporting):
         _add_replay_options(part)
-    for part in (recording, replaying, reporting):  # main adds it in front of the part only
+    planning = parts.add_parser("plan", help="which layers can take the selection of an earlier one")
+    planning.add_argument("trace", metavar="FILE", help="what `rheo trace record` wrote")
+    planning.add_argument("--out", required=True, metavar="PLAN.json", help="file for selection.reuse_layers")
+    planning.add_argument(
+        "--overlap",
+        type=share,
+        default=0.85,
+        metavar="X",
+        help="least share of common blocks (default: 0.85)",
+    )
+    planning.set_defaults(run=run_plan)
+    for part in (recording, replaying, reporting, planning):  # main adds it in front of the part only
         part.add_argument(
             "-v",
             "--verbose",
@@ -103,6 +116,14 @@ def above_zero(text: str) -> float:
     value = float(text)
     if not 0 < value < float("inf"):
         raise argparse.ArgumentTypeError(f"must be above 0, not {text}")
+    return value
+
+
+def share(text: str) -> float:
+    """Argparse type: a number from 0 to 1."""
+    value = float(text)
+    if not 0 <= value <= 1:
+        raise argparse.ArgumentTypeError(f"must be between 0 and 1, not {text}")
     return value
 
 
@@ -204,6 +225,21 @@ def run_report(args: argparse.Namespace) -> int:
 
     for file in write_report(analysed(args), Path(args.out)):
         print(file)
+    return 0
+
+
+def run_plan(args: argparse.Namespace) -> int:
+    """Write the plan and say how many layers it lets go without a scorer."""
+    from rheo_offload.trace.file import Trace
+    from rheo_offload.trace.reuse import write_plan
+
+    plan = write_plan(Trace.load(args.trace), args.overlap, Path(args.out))
+    reuse = len(plan["layers"])
+    least = min(plan["overlap"].values(), default=1.0)
+    print(
+        f"{plan['model']}: {reuse} of {plan['selecting_layers']} layers that select can reuse an earlier one "
+        f"(overlap {least:.3f} or more)\nselection.reuse_layers={args.out}"
+    )
     return 0
 
 

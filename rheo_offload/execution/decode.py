@@ -42,7 +42,6 @@ def decode_full(ex: "Executor", layer: FullLayer, call: AttentionCall) -> torch.
     cache, ops = ex.cache, ex.ops
     rows = slice(0, call.q.shape[0])
     layer, now = layer.view(rows), cache.tables(rows)
-    policy, selector = ex.policy_of(layer), ex.selector_of(layer)
     ws, heat_rule = ex.workspace_of(layer), ex.attention_heat_of(layer)
     q = call.q[:, :, 0]
     tables = (layer.slot_of, layer.block_in, layer.last_used, layer.slot_base, layer.slot_count, now.step)
@@ -60,29 +59,7 @@ def decode_full(ex: "Executor", layer: FullLayer, call: AttentionCall) -> torch.
     if ex.is_streamed(layer):
         return attend_everything(ex, layer, call, rows, purpose="streamed")[0]
 
-    if isinstance(selector, LearnedBias):
-        with ex.region("rank"):
-            ops.rank_bias(
-                now.lens, now.host_table, layer.slot_of, layer.bias_pool, layer.unit_bias, layer.heat,
-                block_size=cache.block_size, pooling=selector.pooling,
-            )  # fmt: skip
-    if selector.score_kind == "given":
-        with ex.region("score"):
-            selector.score(
-                ops, q, layer.summary, now.host_table, now.lens, ws.logits, ws.arrivals, ws.block_scores,
-                softmax_scale=call.softmax_scale, block_size=cache.block_size,
-            )  # fmt: skip
-    with ex.region("decide"):
-        ops.decide(
-            q, layer.summary, layer.heat if keeps_heat(selector) else None, now.lens, now.host_table,
-            *tables, ws.logits, ws.arrivals, ws.block_scores if selector.score_kind != "none" else None,
-            ws.selected_blocks, ws.num_selected, ws.hit_slots, ws.miss_slots,
-            ws.load_src, ws.load_dst, ws.load_at, ws.load_count, layer.counters,
-            score=selector.score_kind, softmax_scale=call.softmax_scale, block_size=cache.block_size,
-            sink_blocks=policy.sink_blocks, recent_blocks=policy.recent_blocks,
-            query_blocks=policy.query_blocks, agnostic_blocks=policy.agnostic_blocks,
-            heat_decay=policy.heat_decay, normalise="none" if heat_rule else selector.normalise,
-        )  # fmt: skip
+    _choose(ex, layer, rows, ws, q, call.softmax_scale)
     if ex.observer is not None and not ex.is_dense(layer):
         ex.observer.note(layer, ws)
 
@@ -104,6 +81,47 @@ def decode_full(ex: "Executor", layer: FullLayer, call: AttentionCall) -> torch.
     if ex.audit_now:
         _audit(ex, layer, call, ws.lse_of_selected(), out)
     return out
+
+
+def _choose(
+    ex: "Executor", layer: FullLayer, rows: slice, ws: DecodeWorkspace, q: torch.Tensor, softmax_scale: float
+) -> None:
+    """Fill the workspace's lists: what is selected, hits, misses, what must be loaded."""
+    ops, now, size = ex.ops, ex.cache.tables(rows), ex.cache.block_size
+    policy, selector = ex.policy_of(layer), ex.selector_of(layer)
+    tables = (layer.slot_of, layer.block_in, layer.last_used, layer.slot_base, layer.slot_count, now.step)
+    loads = (ws.load_src, ws.load_dst, ws.load_at, ws.load_count)
+    found = (ws.hit_slots, ws.miss_slots, *loads, layer.counters)
+    forced = dict(sink_blocks=policy.sink_blocks, recent_blocks=policy.recent_blocks)
+    if ex.source_of(layer) is not None:
+        with ex.region("decide"):
+            ops.resolve(
+                ws.selected_blocks, ws.num_selected, now.lens, now.host_table, *tables, *found,
+                block_size=size, **forced,
+            )  # fmt: skip
+        return
+    if isinstance(selector, LearnedBias):
+        with ex.region("rank"):
+            ops.rank_bias(
+                now.lens, now.host_table, layer.slot_of, layer.bias_pool, layer.unit_bias, layer.heat,
+                block_size=size, pooling=selector.pooling,
+            )  # fmt: skip
+    if selector.score_kind == "given":
+        with ex.region("score"):
+            selector.score(
+                ops, q, layer.summary, now.host_table, ex.scored_lens(rows), ws.logits, ws.arrivals, ws.block_scores,
+                softmax_scale=softmax_scale, block_size=size,
+            )  # fmt: skip
+    with ex.region("decide"):
+        ops.decide(
+            q, layer.summary, layer.heat if keeps_heat(selector) else None, now.lens, now.host_table,
+            *tables, ws.logits, ws.arrivals, ws.block_scores if selector.score_kind != "none" else None,
+            ws.selected_blocks, ws.num_selected, *found,
+            score=selector.score_kind, softmax_scale=softmax_scale, block_size=size, **forced,
+            query_blocks=policy.query_blocks, agnostic_blocks=policy.agnostic_blocks,
+            heat_decay=policy.heat_decay, normalise="none" if ex.attention_heat_of(layer) else selector.normalise,
+            rule=policy.rule, limit=policy.limit, due=None if ex.is_dense(layer) else ex.due(rows),
+        )  # fmt: skip
 
 
 def _attend_blocks(

@@ -3,7 +3,7 @@
 `forward` is called once per layer and model forward; the first layer's call begins the step.
 """
 
-from collections.abc import Callable, Hashable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
 from typing import Any
@@ -24,6 +24,7 @@ from rheo_offload.ops import kernels_for
 from rheo_offload.selection.base import LayerSelectors, Selector
 from rheo_offload.selection.full import Full
 from rheo_offload.selection.heat_ranked import AttentionHeat, HeatRanked
+from rheo_offload.selection.policy import check_context
 from rheo_offload.selection.refined import TokenRule, token_rule_of
 from rheo_offload.types import AttentionCall, Policy
 
@@ -43,6 +44,8 @@ class Executor:
         *,
         dense_layers: Sequence[int] = (),
         heat_from: str = "scores",
+        reuse_layers: Mapping[int, int] | None = None,
+        reuse_steps: int = 1,
         kernels: str = "auto",
         overlap: bool = True,
         audit_every: int = 0,
@@ -57,6 +60,8 @@ class Executor:
             policy: its budget in blocks.
             dense_layers: layers that attend to everything.
             heat_from: `scores` of the method, or `attention`, the weights of what was read in their place.
+            reuse_layers: layers that attend to what an earlier one selected in the same step, with that one.
+            reuse_steps: steps that a selection serves.
             kernels: as `ops.kernels_for`.
             overlap: load missing blocks beside the attention over the resident ones, not ahead of it.
             audit_every: decode steps between two measurements of the captured mass; 0 = never.
@@ -73,10 +78,12 @@ class Executor:
         self.raised = RaisedBudgets(raise_below, policy)
         self.observer: StepObserver | None = None
         self.wants_heat = True
-        self.decode_steps = 0
+        self.decode_steps = self.row_steps = 0
         self.profiler: Callable[[str], AbstractContextManager[None]] | None = None
         self._dense, self._full = frozenset(dense_layers), Full()
         self._heat_from = heat_from
+        self.reuse_layers, self._reuse_steps = dict(reuse_layers or {}), reuse_steps
+        self._lists: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}  # of selections that are used again
         self._capacity_for = capacity_for
         self._first = min([*cache.full, *cache.sliding])
         self._last = max([*cache.full, *cache.sliding])
@@ -88,6 +95,7 @@ class Executor:
         self._rounds: dict[tuple[int, ...], RoundsWorkspace] = {}
         self._staging: dict[tuple[int, ...], torch.Tensor] = {}
         self.decode_start = torch.zeros_like(cache.seq_lens)
+        self._due, self._scored_lens = torch.ones_like(cache.seq_lens), torch.zeros_like(cache.seq_lens)
 
     # ---- one forward -----------------------------------------------------------------------------------------------
 
@@ -125,6 +133,7 @@ class Executor:
         if self.audit_now and self.raised.below:
             self.audit.fetch()
         self.decode_steps += 1
+        self.row_steps += self.cache.rows if rows is None else len(rows)
         self.audit_now = self.audit.due(self.decode_steps)
         if self.audit_now:
             self.raised.learn(self.audit.fetched(), self.cache.full)
@@ -140,9 +149,31 @@ class Executor:
             self.observer.begin(rows)
         # position of the new token; negative where a row sits out, so that its ring stays as it is
         torch.sub(cache.step_lens[:rows], 1, out=self.decode_start[:rows])
+        if self._reuse_steps > 1:
+            self._mark_due(rows)
         rings = {id(ws): ws for ws in (self.ring_workspace_of(s, rows) for s in cache.sliding.values())}
         for ring in rings.values():
             ring.refresh(cache.step_lens[:rows], cache.block_size)
+
+    def _mark_due(self, rows: int) -> None:
+        """Find the rows that select in this step: at every n-th token of a block, or where nothing valid is kept.
+
+        A block begins with such a token, so between two selections no block is opened or closed, and what was
+        selected stays complete: sink and recent blocks are the same.
+        """
+        lens, made = self.cache.step_lens[:rows], self.cache.listed_at[:rows]
+        start = lens - (lens - 1) % self.cache.block_size % self._reuse_steps
+        self._due[:rows] = (start == lens) | (start != made)
+        torch.mul(lens, self._due[:rows], out=self._scored_lens[:rows])
+        made.copy_(torch.where(lens > 0, start, -1))
+
+    def due(self, rows: slice) -> torch.Tensor | None:
+        """Return which rows select in this step, int32; None: all."""
+        return self._due[rows] if self._reuse_steps > 1 else None
+
+    def scored_lens(self, rows: slice) -> torch.Tensor:
+        """Return the lengths that scorers see: 0 for rows that do not select in this step."""
+        return (self._scored_lens if self._reuse_steps > 1 else self.cache.step_lens)[rows]
 
     def forward(self, layer_idx: int, call: AttentionCall) -> torch.Tensor:
         """Run one layer of the forward that was begun: [B, Hq, Q, D] in q's dtype.
@@ -199,6 +230,7 @@ class Executor:
     def make_room(self, tokens: int) -> None:
         """Grow the tables when a row outgrows them (doubling, so that it happens rarely)."""
         needed = self.cache.blocks_of(tokens)
+        check_context(self.selector, self.policy.block_budget, needed, self.cache.block_size)
         if needed <= self.cache.max_blocks:
             return
         max_blocks = max(needed, 2 * self.cache.max_blocks)
@@ -236,6 +268,15 @@ class Executor:
         method = self.selector
         return method.for_layer(layer.spec.layer_idx) if isinstance(method, LayerSelectors) else method
 
+    def source_of(self, layer: FullLayer) -> int | None:
+        """Return the layer whose selection this one takes; None: it selects itself."""
+        return self.reuse_layers.get(layer.spec.layer_idx)
+
+    def heat_of(self, layer: FullLayer) -> torch.Tensor:
+        """Return the heat by which a layer's blocks are chosen: of the layer it reuses, or its own."""
+        source = self.source_of(layer)
+        return layer.heat if source is None else self.cache.full[source].heat[: layer.rows]
+
     def policy_of(self, layer: FullLayer) -> Policy:
         """Return the layer's policy: the configured one or as raised, or everything for layers kept dense."""
         if not self.is_dense(layer):
@@ -247,6 +288,7 @@ class Executor:
             recent_blocks=1,
             query_blocks=0,
             agnostic_blocks=0,
+            rule="fixed",
         )
 
     def token_rule_of(self, layer: FullLayer) -> TokenRule | None:
@@ -291,7 +333,28 @@ class Executor:
                 estimates=layer.value_width > 0,
                 device=layer.device,
             )
-        return self._workspaces[key]
+        source = self._lists_from(layer)
+        if source is None:
+            return self._workspaces[key]
+        if source not in self._lists:
+            whole = torch.full(
+                (self.cache.rows, layer.spec.num_kv_heads, budget), -1, dtype=torch.int32, device=layer.device
+            )
+            self._lists[source] = whole, torch.zeros_like(whole[..., 0])
+        own = (*key, source)
+        if own not in self._workspaces:
+            lists = (t[: layer.rows] for t in self._lists[source])
+            self._workspaces[own] = self._workspaces[key].with_lists(*lists)
+        return self._workspaces[own]
+
+    def _lists_from(self, layer: FullLayer) -> int | None:
+        """Return the layer whose lists of selected blocks this one uses; None: those that all layers share."""
+        i = layer.spec.layer_idx
+        if self.is_dense(layer):
+            return None
+        if i in self.reuse_layers:
+            return self.reuse_layers[i]
+        return i if self._reuse_steps > 1 or i in self.reuse_layers.values() else None
 
     def ring_workspace_of(self, layer: SlidingLayer, rows: int) -> RingWorkspace:
         """Return the scratch of a step over `rows` rows that all sliding layers of this geometry share."""

@@ -148,17 +148,26 @@ def warm(ex: "Executor", rows: slice) -> None:
     lens, host_table = cache.seq_lens[rows], cache.host_table[rows]
     for whole in cache.full.values():
         layer = whole.view(rows)
-        selector, policy = ex.selector_of(layer), ex.policy_of(layer)
+        selector, policy, heat = ex.selector_of(layer), ex.policy_of(layer), ex.heat_of(whole)[rows]
         room = min(layer.capacity, layer.max_blocks) - 1
         if ex.is_streamed(layer) or room < policy.sink_blocks + policy.recent_blocks:
             continue
         ws = SelectionLists(layer.rows, layer.spec.num_kv_heads, room, layer.device)
         hot = room - policy.sink_blocks - policy.recent_blocks if keeps_heat(selector) else 0
-        ops.select(
-            None, layer.heat if hot else None, lens, ws.selected_blocks, ws.num_selected,
+        limits = dict(
             block_size=cache.block_size, sink_blocks=policy.sink_blocks, recent_blocks=policy.recent_blocks,
-            query_blocks=0, agnostic_blocks=hot, heat_decay=1.0, normalise="none",
+            heat_decay=1.0, normalise="none",
         )  # fmt: skip
+        if hot and policy.rule == "scored":  # what a head never takes has no heat and is not worth the link
+            ops.select(
+                heat, None, lens, ws.selected_blocks, ws.num_selected,
+                query_blocks=hot, agnostic_blocks=0, rule="threshold", limit=0.0, **limits,
+            )  # fmt: skip
+        else:
+            ops.select(
+                None, heat if hot else None, lens, ws.selected_blocks, ws.num_selected,
+                query_blocks=0, agnostic_blocks=hot, **limits,
+            )  # fmt: skip
         ops.resolve(
             ws.selected_blocks, ws.num_selected, lens, host_table, layer.slot_of, layer.block_in, layer.last_used,
             layer.slot_base, layer.slot_count, cache.step, ws.hit_slots, ws.miss_slots,
@@ -178,7 +187,7 @@ def _start_heat(ex: "Executor", layer: FullLayer, call: AttentionCall, chunk: Ch
     if isinstance(selector, LearnedBias):
         token_bias.rank_prompt(selector, layer, chunk, cache.host_table[chunk.rows])
         return
-    if not selector.query_aware or ex.is_streamed(layer):
+    if not selector.query_aware or ex.is_streamed(layer) or ex.source_of(layer) is not None:
         return
     q = call.q[:, :, -HEAT_QUERIES:]
     rows, _, queries, dim = q.shape

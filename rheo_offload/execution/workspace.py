@@ -1,5 +1,7 @@
 """Buffers of a decode step, allocated once and shared by all layers (layers run one after another)."""
 
+import copy
+
 import torch
 
 from rheo_offload.ops import of_kernels
@@ -79,6 +81,12 @@ class DecodeWorkspace(SelectionLists):
             return self.lse
         estimated = torch.logsumexp(self.estimated[1], 0)
         return self.lse + torch.log1p(-torch.exp(estimated - self.lse).clamp(max=1.0))
+
+    def with_lists(self, selected_blocks: torch.Tensor, num_selected: torch.Tensor) -> "DecodeWorkspace":
+        """Return this workspace with lists of its own, for layers whose selection outlives their turn."""
+        other = copy.copy(self)
+        other.selected_blocks, other.num_selected = selected_blocks, num_selected
+        return other
 
 
 class RingWorkspace:

@@ -37,6 +37,8 @@ class Stats:
     hit_rate_unforced: float | None
     """The same without the blocks that are always selected."""
     selected_blocks: int
+    selected_blocks_mean: float | None
+    """Blocks that a KV head attended to in a step, the open one included, over the layers that select."""
     miss_blocks: int
     evicted_blocks: int
     h2d_bytes: int
@@ -91,6 +93,7 @@ class Stats:
             ("device to host, write-through", _mib(self.d2h_bytes)),
             ("device KV (a dense cache would hold)", f"{_mib(self.device_kv_bytes)} ({_mib(self.dense_kv_bytes)})"),
             ("host KV", _mib(self.host_kv_bytes)),
+            ("attended per KV head and step, mean", _blocks(self.selected_blocks_mean)),
             ("budget / capacity per KV head", f"{self.block_budget} / {self.capacity_blocks} blocks"),
         ]  # fmt: skip
         if self.raised_budgets:
@@ -102,6 +105,10 @@ class Stats:
 
 def _ms(value: float | None) -> str:
     return "-" if value is None else f"{value:,.1f} ms"
+
+
+def _blocks(value: float | None) -> str:
+    return "-" if value is None else f"{value:,.1f} blocks"
 
 
 def _share(value: float | None) -> str:

@@ -16,9 +16,13 @@ def collect_stats(cache: RheoCache, specs: Sequence[LayerSpec]) -> Stats:
     ex, clock = cache.executor, cache.clock
     kv = ex.cache
     counters = torch.zeros(5, dtype=torch.int64)
+    chosen = heads = 0
     blocks_read = dict.fromkeys(TRAFFIC, 0)
     for layer in kv.full.values():
-        counters += layer.counters.sum((0, 1)).cpu()
+        here = layer.counters.sum((0, 1)).cpu()
+        counters += here
+        if not ex.is_dense(layer):
+            chosen, heads = chosen + int(here[0]), heads + layer.spec.num_kv_heads
         for purpose, blocks in zip(TRAFFIC, layer.traffic.tolist(), strict=True):
             blocks_read[purpose] += blocks * layer.layout.block_bytes
     selected, hits, forced, forced_hits, evictions = counters.tolist()
@@ -38,6 +42,7 @@ def collect_stats(cache: RheoCache, specs: Sequence[LayerSpec]) -> Stats:
         hit_rate=hits / selected if selected else None,
         hit_rate_unforced=(hits - forced_hits) / (selected - forced) if selected > forced else None,
         selected_blocks=selected,
+        selected_blocks_mean=chosen / (heads * ex.row_steps) + 1 if heads and ex.row_steps else None,
         miss_blocks=selected - hits,
         evicted_blocks=evictions,
         h2d_bytes=blocks_read["loaded"],

@@ -30,13 +30,25 @@ from rheo_offload.model.generation import rheo_generate
 from rheo_offload.model.hf_cache import RheoCache
 from rheo_offload.model.learned_heads import BiasHead, attach_heads, detach_heads, load_heads
 from rheo_offload.model.prefill import prefill_rows
+from rheo_offload.model.reuse_plan import read_reuse_plan
 from rheo_offload.model.self_test import self_test
 from rheo_offload.model.specs import config_problems, layer_specs, max_positions, text_config
 from rheo_offload.ops import kernels_for
-from rheo_offload.selection.base import LayerSelectors, Selector
+from rheo_offload.selection.base import LayerSelectors, Selector, method_of
+from rheo_offload.selection.duo import Duo
 from rheo_offload.selection.learned_bias import LearnedBias, bias_sizes
-from rheo_offload.selection.policy import METHODS, check_heat, make_policy, make_selector, mean_values
+from rheo_offload.selection.policy import (
+    METHODS,
+    check_budget,
+    check_context,
+    check_heat,
+    make_policy,
+    make_selector,
+    mean_values,
+)
+from rheo_offload.selection.reuse import check_reuse
 from rheo_offload.selection.seer_r import SeerR
+from rheo_offload.selection.static import MoA
 from rheo_offload.types import LayerSpec
 
 logger = logging.getLogger("rheo_offload")
@@ -71,7 +83,16 @@ class RheoHandle:
         method = make_selector(selection.method, selection.params, block_size=size)
         check_heat(method, selection.heat_from)
         self._mean_values = mean_values(method, selection.remainder, block_size=size)
-        self._selector = _with_weights(method, model, self.specs, selection.dense_layers)
+        self._selector = _for_layers(method, model, self.specs, selection.dense_layers)
+        reuse = selection.reuse_layers
+        self._reuse = read_reuse_plan(reuse, model.config) if isinstance(reuse, str) else reuse
+        check_reuse(self._reuse, selection.reuse_steps, self._selector, self.specs, selection.dense_layers)
+        if self._reuse and self._mean_values:
+            raise ConfigError(
+                "selection.remainder centroid needs the mean keys that layers of selection.reuse_layers do not keep; "
+                "use selection.remainder none"
+            )
+        check_budget(self._selector, selection.budget, selection.query_agnostic_share)
         self._heads: dict[int, BiasHead] = {}
         if isinstance(method, LearnedBias):
             kind = text_config(model.config).model_type
@@ -185,15 +206,18 @@ class RheoHandle:
             recent_blocks=_as_int(config.selection.recent_blocks),
             query_agnostic_share=config.selection.query_agnostic_share,
             heat_decay=config.selection.heat_decay,
+            budget=config.selection.budget,
+            budget_limit=config.selection.budget_limit,
         )
-        has_bias, bias_units = bias_sizes(selector, size)
+        check_context(selector, block_budget, max_blocks, size)
+        has_bias, bias_units = bias_sizes(method_of(selector), size)
         page = PageLayout.of(self.specs, size, dtype, has_bias=has_bias)
         store = self._open_store(page, config, is_cuda(device))
         summaries = {}
         for spec in self.specs:
-            dense = spec.layer_idx in config.selection.dense_layers
-            kept = METHODS["full"]() if dense else selector
-            values = 0 if dense else self._mean_values
+            unscored = spec.layer_idx in (*config.selection.dense_layers, *self._reuse)
+            kept = METHODS["full"]() if unscored else selector
+            values = 0 if unscored else self._mean_values
             summaries[spec.layer_idx] = (kept.summary_kind, kept.summary_width(size), values)
 
         def capacity_for(blocks: int, reclaimed_bytes: int = 0) -> int:
@@ -224,6 +248,8 @@ class RheoHandle:
             policy,
             dense_layers=config.selection.dense_layers,
             heat_from=config.selection.heat_from,
+            reuse_layers=self._reuse,
+            reuse_steps=config.selection.reuse_steps,
             kernels=config.execution.kernels,
             overlap=config.prefetch.overlap,
             audit_every=config.audit.every,
@@ -250,7 +276,7 @@ class RheoHandle:
         `reclaimed_bytes` of the device are in use now and will be given back before the pool is allocated.
         """
         text = text_config(self.model.config)
-        has_bias, bias_units = bias_sizes(self._selector, config.cache.block_size)
+        has_bias, bias_units = bias_sizes(method_of(self._selector), config.cache.block_size)
         plan = plan_memory(
             self.specs,
             rows=rows,
@@ -380,12 +406,14 @@ def restore(model: PreTrainedModel) -> PreTrainedModel:
     return model
 
 
-def _with_weights(
+def _for_layers(
     method: Selector, model: PreTrainedModel, specs: Sequence[LayerSpec], dense_layers: Sequence[int]
 ) -> Selector | LayerSelectors:
-    """Return a method that has weights with those of each layer, any other as it is."""
+    """Return a method that has weights or classes of heads with those of each layer, any other as it is."""
     if isinstance(method, SeerR):
         return method.with_gates(load_gates(method.weights, model, specs, dense_layers=dense_layers))
+    if isinstance(method, Duo | MoA):
+        return method.by_layer(specs, next(model.parameters()).device)
     return method
 
 

@@ -1,5 +1,7 @@
 """What a Hugging Face config says of its attention layers, and whether this runtime can serve them."""
 
+import hashlib
+import json
 from typing import Any
 
 import transformers
@@ -13,6 +15,15 @@ from rheo_offload.types import LayerSpec
 TESTED = ("5.16", "5.18")  # first tested release, first untested one
 KINDS = {"full_attention", "sliding_attention"}
 MAX_HEAD_DIM = 256
+# Keys of a config that say how a model was loaded, not which model it is.
+_HOW_LOADED = (
+    "_name_or_path",
+    "transformers_version",
+    "dtype",
+    "torch_dtype",
+    "architectures",
+    "name_or_path",
+)
 
 
 def text_config(config: PreTrainedConfig) -> PreTrainedConfig:
@@ -100,3 +111,19 @@ def _shape_problems(spec: LayerSpec) -> list[str]:
     if spec.num_q_heads % spec.num_kv_heads:
         return [f"{spec.num_q_heads} query heads do not divide into {spec.num_kv_heads} KV heads"]
     return []
+
+
+def config_hash(config: PreTrainedConfig) -> str:
+    """Return 16 hex digits that name a model's configuration, whichever way it was loaded."""
+
+    def kept(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {
+                str(k): kept(v)
+                for k, v in value.items()
+                if k not in _HOW_LOADED and not str(k).startswith("_")
+            }
+        return value
+
+    text = json.dumps(kept(config.to_dict()), sort_keys=True, default=str)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]

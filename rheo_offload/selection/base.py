@@ -32,7 +32,7 @@ class Selector(Protocol):
 
     @property
     def normalise(self) -> Normalise:
-        """How block scores become heat."""
+        """How block scores become heat: they are shares of a whole (`sum`), logits (`softmax`), or neither."""
         ...
 
     query_aware: ClassVar[bool]
@@ -102,6 +102,11 @@ class LayerSelectors:
     def for_layer(self, layer_idx: int) -> Selector:
         """Return the selector of a layer."""
         return self.layers[layer_idx]
+
+
+def method_of(selector: "Selector | LayerSelectors") -> Selector:
+    """Return the method as it was configured."""
+    return selector.common if isinstance(selector, LayerSelectors) else selector
 
 
 def pages_of(block_size: int, page_size: int | Literal["block"]) -> int:

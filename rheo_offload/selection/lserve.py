@@ -1,9 +1,9 @@
 """LServe's hierarchical pages: Quest's bound for logical pages of 16 tokens, a physical block counts as its best page.
 
 arXiv:2502.14866, mit-han-lab/omniserve. Big blocks for the link and small pages for the bound, which loosens quickly
-with size. Scored per query head there; here the maximum over the group, as for Quest. Not here: its reuse of a
-selection for 4 steps (a step is one graph, which would score all the same), its streaming heads (calibrated per
-head) and its 4-bit cache.
+with size. Scored per query head there; here the maximum over the group, as for Quest. Its reuse of a
+selection for 4 steps is `selection.reuse_steps`, its streaming heads are method `duo` with this scorer. Not here: its
+4-bit cache.
 """
 
 from dataclasses import dataclass

@@ -7,8 +7,9 @@ from typing import Any
 
 from rheo_offload.errors import ConfigError
 from rheo_offload.selection.arkvale import ArkVale
-from rheo_offload.selection.base import LayerSelectors, Selector
+from rheo_offload.selection.base import LayerSelectors, Selector, method_of
 from rheo_offload.selection.dma import DMA
+from rheo_offload.selection.duo import Duo
 from rheo_offload.selection.full import Full
 from rheo_offload.selection.heat_ranked import H2O, TOVA, HeatRanked, SnapKV
 from rheo_offload.selection.infllm_v2 import InfLLMV2
@@ -20,15 +21,17 @@ from rheo_offload.selection.nosa import NOSA
 from rheo_offload.selection.nsa_select import NSASelect
 from rheo_offload.selection.quest import Quest
 from rheo_offload.selection.refined import Hisa, TokenSelect, token_rule_of
+from rheo_offload.selection.reuse import ranks_itself
 from rheo_offload.selection.seer_r import SeerR
+from rheo_offload.selection.static import MoA, Power
 from rheo_offload.selection.streaming import Streaming
 from rheo_offload.types import Policy
 
 METHODS: dict[str, type[Selector]] = {
     m.name: m
     for m in (
-        H2O, TOVA, DMA, NOSA, ArkVale, Full, Hisa, InfLLMV2, LServe, MeanKey, MoBA, NSASelect, Quest, SeerR,
-        SnapKV, Streaming, TokenSelect,
+        H2O, TOVA, DMA, NOSA, ArkVale, Duo, Full, Hisa, InfLLMV2, LServe, MeanKey, MoA, MoBA, NSASelect, Power, Quest,
+        SeerR, SnapKV, Streaming, TokenSelect,
     )
 }  # fmt: skip
 
@@ -102,6 +105,29 @@ def check_heat(selector: Selector, heat_from: str) -> None:
         )
 
 
+def check_budget(selector: Selector | LayerSelectors, budget: str, query_agnostic_share: float) -> None:
+    """Refuse a rule of the budget that means nothing for the method's scores.
+
+    Raises:
+        ConfigError: with the reason.
+    """
+    scores = selector.normalise if selector.query_aware else "none"
+    wanted = "softmax" if budget == "margin" else "sum"
+    ranked = ranks_itself(method_of(selector))
+    if budget == "fixed" or not ranked and scores == wanted and query_agnostic_share < 1:
+        return
+    why = {
+        "none": "it does not score blocks",
+        "softmax": "its scores are logits, of which shares mean nothing; take margin",
+        "sum": "its scores are shares of a whole, a margin is one of logits; take threshold or mass",
+    }[scores]
+    if ranked:
+        why = "it ranks blocks, or tokens of blocks, by more than the scores that a rule is about"
+    elif scores == wanted:
+        why = "selection.query_agnostic_share of 1 leaves it nothing to choose"
+    raise ConfigError(f"selection.budget {budget!r} does not go with method {selector.name!r}: {why}")
+
+
 def make_policy(
     *,
     selector: Selector | LayerSelectors,
@@ -110,17 +136,34 @@ def make_policy(
     recent_blocks: int,
     query_agnostic_share: float,
     heat_decay: float,
+    budget: str = "fixed",
+    budget_limit: float = 0.0,
 ) -> Policy:
     """Split a budget into forced, query-aware and query-agnostic blocks.
 
     The share is of what the forced blocks leave. A method whose query does not choose gives all of it to the blocks
-    that rank highest without one (by heat or by a learned bias), and without such a rank to the recent blocks.
+    that rank highest without one (by heat or by a learned bias), and without such a rank to the recent blocks; one
+    whose scores are not heat (a fixed pattern) gives the agnostic part to the scores.
+
+    Raises:
+        ConfigError: a rule of the budget that means nothing here.
     """
+    check_budget(selector, budget, query_agnostic_share)
     rest = block_budget - sink_blocks - recent_blocks
-    if not keeps_heat(selector):
+    method = method_of(selector)
+    if not keeps_heat(method):
         recent_blocks, rest = recent_blocks + rest, 0
     by_query = selector.query_aware and not isinstance(selector, HeatRanked)
     agnostic = round(rest * query_agnostic_share) if by_query else rest
+    if getattr(method, "ragged", False) and selector.normalise == "none":
+        agnostic = 0
+    if budget == "fixed" and getattr(method, "ragged", False):
+        budget = "scored"
+    if budget != "fixed" and rest - agnostic < 1:
+        raise ConfigError(
+            f"selection.token_budget of {block_budget} blocks leaves method {selector.name!r} none to choose beyond "
+            f"{sink_blocks} sink, {recent_blocks} recent and {agnostic} query-agnostic block(s); raise it"
+        )
     return Policy(
         block_budget=block_budget,
         sink_blocks=sink_blocks,
@@ -128,6 +171,8 @@ def make_policy(
         query_blocks=rest - agnostic,
         agnostic_blocks=agnostic,
         heat_decay=heat_decay,
+        rule=budget,
+        limit=budget_limit,
     )
 
 
@@ -146,3 +191,18 @@ def widened(policy: Policy, block_budget: int) -> Policy:
     return dataclasses.replace(
         policy, block_budget=block_budget, query_blocks=scored + more - agnostic, agnostic_blocks=agnostic
     )
+
+
+def check_context(
+    selector: Selector | LayerSelectors, block_budget: int, blocks: int, block_size: int
+) -> None:
+    """Refuse rows that a method needs whole and the budget does not hold.
+
+    Raises:
+        ConfigError: with the budget that would.
+    """
+    if blocks > block_budget and getattr(method_of(selector), "whole_context", False):
+        raise ConfigError(
+            f"selection.params.retrieval 'full' attends to everything, and selection.token_budget holds {block_budget} "
+            f"of the {blocks} blocks of a row: raise it to {blocks * block_size}, or give those heads a scorer"
+        )

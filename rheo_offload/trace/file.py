@@ -1,6 +1,5 @@
 """A trace: which blocks a run selected, step by step, and the file it is kept in (`docs/trace.md` has the format)."""
 
-import hashlib
 import json
 import zipfile
 import zlib
@@ -13,6 +12,7 @@ from numpy.typing import NDArray
 from transformers import PreTrainedConfig
 
 from rheo_offload.errors import TraceError
+from rheo_offload.model.specs import config_hash
 
 __all__ = ["FORMAT", "NO_BLOCK", "Trace", "config_hash"]
 
@@ -28,15 +28,6 @@ _NUMBERS = (
     "heat_decay",
     "capacity",
     "block_bytes",
-)
-# Keys of a config that say how a model was loaded, not which model it is.
-_HOW_LOADED = (
-    "_name_or_path",
-    "transformers_version",
-    "dtype",
-    "torch_dtype",
-    "architectures",
-    "name_or_path",
 )
 
 
@@ -186,19 +177,3 @@ def _time_deltas(ids: NDArray[np.uint16]) -> NDArray[np.uint16]:
     """Return the difference to the step before, modulo 2^16: mostly zeros, which compress."""
     first = np.zeros_like(ids[..., :1, :])
     return np.diff(ids, axis=-2, prepend=first)
-
-
-def config_hash(config: PreTrainedConfig) -> str:
-    """Return 16 hex digits that name a model's configuration, whichever way it was loaded."""
-
-    def kept(value: Any) -> Any:
-        if isinstance(value, dict):
-            return {
-                str(k): kept(v)
-                for k, v in value.items()
-                if k not in _HOW_LOADED and not str(k).startswith("_")
-            }
-        return value
-
-    text = json.dumps(kept(config.to_dict()), sort_keys=True, default=str)
-    return hashlib.sha256(text.encode()).hexdigest()[:16]

@@ -255,6 +255,7 @@ class Recorder:
             "capacity": self._shape[1],
             "block_bytes": ex.cache.page.blocks[first].block_bytes,
             "method": config.selection.method,
+            "reuse_layers": {str(layer): source for layer, source in ex.reuse_layers.items()},
             "dtype": str(ex.cache.dtype).removeprefix("torch."),
             "device": device_name(ex.cache.device),
             "model": str(model.config.name_or_path or model.config.model_type),
