@@ -46,9 +46,10 @@ def check_reuse(
     ranked = ranks_itself(method_of(selector))
     if ranked or not selector.query_aware or selector.normalise == "none":
         key = "reuse_layers" if reuse_layers else "reuse_steps"
-        raise ConfigError(
-            f"selection.{key}: method {selector.name!r} does not score, so there is nothing to reuse"
-        )
+        unfit = "does not score, so there is nothing to reuse"
+        if ranked:
+            unfit = "ranks blocks, or tokens of blocks, anew in every step and layer"
+        raise ConfigError(f"selection.{key}: method {selector.name!r} {unfit}")
     by_index = {s.layer_idx: s for s in specs}
     reasons = []
     for layer, source in sorted(reuse_layers.items()):

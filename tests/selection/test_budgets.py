@@ -87,6 +87,13 @@ def test_captured_steps_are_the_eager_ones(llama, budget):
         ("mean_key", "margin", 4.0, {}, "'margin' does not go with method 'mean_key': its scores are shares"),
         ("streaming", "mass", 0.9, {}, "'mass' does not go with method 'streaming': it does not score"),
         ("power", "mass", 0.9, {}, "'mass' does not go with method 'power': it does not score"),
+        (
+            "hisa",
+            "mass",
+            0.9,
+            {},
+            "'mass' does not go with method 'hisa': it ranks blocks, or tokens of blocks",
+        ),
         ("mean_key", "mass", 0.9, {"query_agnostic_share": 1.0}, "share of 1 leaves it nothing to choose"),
         ("mean_key", "mass", 0.0, {}, "selection.budget_limit must be above 0 and at most 1 for budget mass"),
         ("mean_key", "threshold", 1.5, {}, "selection.budget_limit must be above 0 and at most 1"),

@@ -189,6 +189,21 @@ def test_captured_steps_are_the_eager_ones(selection):
         ("streaming", {"reuse_layers": {1: 0}}, "selection.reuse_layers: method 'streaming' does not score"),
         ("full", {"reuse_steps": 2}, "selection.reuse_steps: method 'full' does not score"),
         ("power", {"reuse_steps": 2}, "selection.reuse_steps: method 'power' does not score"),
+        (
+            "h2o",
+            {"reuse_steps": 2},
+            "selection.reuse_steps: method 'h2o' ranks blocks, or tokens of blocks, anew",
+        ),
+        (
+            "hisa",
+            {"reuse_layers": {1: 0}},
+            "selection.reuse_layers: method 'hisa' ranks blocks, or tokens of blocks",
+        ),
+        (
+            "mean_key",
+            {"reuse_layers": {1: 0}, "remainder": "centroid"},
+            "selection.remainder centroid needs the mean",
+        ),
         ("mean_key", {"reuse_steps": 0}, "selection.reuse_steps must be at least 1, not 0"),
         ("mean_key", {"reuse_layers": {"a": 0}}, "selection.reuse_layers must be pairs of integers or text"),
         (
