@@ -87,6 +87,11 @@ class RheoHandle:
         reuse = selection.reuse_layers
         self._reuse = read_reuse_plan(reuse, model.config) if isinstance(reuse, str) else reuse
         check_reuse(self._reuse, selection.reuse_steps, self._selector, self.specs, selection.dense_layers)
+        if config.audit.raise_below and (self._reuse or selection.reuse_steps > 1):
+            raise ConfigError(
+                "audit.raise_below gives layers budgets of their own, and selections that serve several layers or "
+                "steps have one; set audit.raise_below=0, or reuse nothing"
+            )
         if self._reuse and self._mean_values:
             raise ConfigError(
                 "selection.remainder centroid needs the mean keys that layers of selection.reuse_layers do not keep; "

@@ -220,6 +220,12 @@ def test_what_means_nothing_is_refused(method, selection, message):
     assert not hasattr(model, "rheo")
 
 
+@pytest.mark.parametrize("selection", [{"reuse_layers": {1: 0}}, {"reuse_steps": 2}])
+def test_budgets_that_are_raised_cannot_be_reused(selection):
+    with pytest.raises(ConfigError, match="audit.raise_below gives layers budgets of their own"):
+        offload(tiny_model("llama"), sparse_config(selection=selection, audit={"raise_below": 0.9}))
+
+
 def test_sliding_layers_cannot_reuse():
     model = tiny_model("gemma3")
     with pytest.raises(ConfigError, match="layer 0 has a sliding window and selects nothing"):
