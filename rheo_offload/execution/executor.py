@@ -280,7 +280,7 @@ class Executor:
     def policy_of(self, layer: FullLayer) -> Policy:
         """Return the layer's policy: the configured one or as raised, or everything for layers kept dense."""
         if not self.is_dense(layer):
-            return self.raised.policy_of(layer)
+            return self.raised.policy_of(layer) if self.raised.below else self.policy
         return replace(
             self.policy,
             block_budget=layer.max_blocks,
