@@ -137,7 +137,7 @@ def test_token_by_token(op, device):
 @pytest.mark.parametrize(("op", "device"), homes("append"))
 def test_means_of_the_values(op, device, case):
     """They are completed beside the summary of the keys, whatever its kind, and change nothing else."""
-    pools, k_new, v_new, summary, kind = build(case)
+    pools, k_new, v_new, summary, kind, _ = build(case)
 
     def outcome(op, device, dtype=None, width=1):
         p = pools.copy(device, dtype)
