@@ -33,7 +33,8 @@ def fold_attention(
 
     Args:
         ex: the executor.
-        layer: the layer as the step's rows see it; `heat` is updated in place, inactive rows are left alone.
+        layer: the layer as the step's rows see it; `heat` is updated in place. Rows that are inactive, or keep an
+            earlier selection, are left alone: heat decays once a selection.
         call: of the step.
         ws: holds what was selected, where it is, and the lse of the merged attention.
         lens: int32 [B], this step's lengths; 0 = inactive.
@@ -54,8 +55,8 @@ def fold_attention(
     new = F.pad(new, (0, 1)).scatter_(2, ids, mass)[..., :blocks]
     if rule.layer_wide:
         new = new.mean(1, keepdim=True).expand_as(new)
-    active = (lens > 0)[:, None, None]
-    layer.heat.copy_(torch.where(active, rule.decay * layer.heat + new, layer.heat))
+    selects = (ex.scored_lens(slice(0, layer.rows)) > 0)[:, None, None]
+    layer.heat.copy_(torch.where(selects, rule.decay * layer.heat + new, layer.heat))
 
 
 class PromptMass:

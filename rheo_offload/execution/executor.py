@@ -297,6 +297,8 @@ class Executor:
 
     def attention_heat_of(self, layer: FullLayer) -> AttentionHeat | None:
         """Return how the weights of a step's attention enter the layer's heat; None: they do not."""
+        if self.source_of(layer) is not None:
+            return None  # its blocks are chosen by the heat of the layer it reuses
         selector = self.selector_of(layer)
         if isinstance(selector, HeatRanked):
             return selector.attention_heat

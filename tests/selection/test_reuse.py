@@ -145,6 +145,27 @@ def test_beams_and_drafts_still_decode():
     assert torch.equal(found, drafts)
 
 
+@pytest.mark.parametrize("selection", [{}, {"reuse_layers": {1: 0, 3: 0}}])
+@pytest.mark.parametrize("heat_from", ["scores", "attention"])
+def test_heat_changes_once_a_selection(selection, heat_from):
+    """Whatever feeds it: steps that keep a selection leave heat alone, and layers that reuse one have no heat of their
+    own."""
+    model = four_layers()
+    offload(model, sparse_config(selection=selection | {"heat_from": heat_from, "reuse_steps": 4}))
+    cache = model.rheo.new_cache(max_length=330)
+    ids = prompt(292, rows=2)
+    greedy(model, ids, new=2, past_key_values=cache)  # 293 tokens
+    full = cache.executor.cache.full
+    for _ in range(8):
+        before = [layer.heat.clone() for layer in full.values()]
+        with torch.no_grad():
+            model(ids[:, :1], past_key_values=cache)
+        length = int(cache.executor.cache.seq_lens[0])
+        changed = [not torch.equal(layer.heat, b) for layer, b in zip(full.values(), before, strict=True)]
+        due = (length - 1) % BLOCK % 4 == 0
+        assert changed == [due and i not in selection.get("reuse_layers", {}) for i in range(4)], length
+
+
 def test_rules_layers_and_steps_compose():
     """A mass budget, a source for two layers and a selection for four steps: ids are shared, steps are kept."""
     model = four_layers()
