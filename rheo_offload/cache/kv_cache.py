@@ -94,6 +94,8 @@ class KVCache:
         self.step_lens = torch.zeros_like(self.seq_lens)
         self.listed_at = torch.full_like(self.seq_lens, -1)
         """Where kept selections of a row begin to serve (`selection.reuse_steps`), in tokens; -1: there are none."""
+        self.kept_lists: list[torch.Tensor] = []
+        """Those selections, [rows, ...] each; whoever keeps some adds them, and they follow a row that moves."""
         self.version = 0
         self.step = torch.zeros(1, dtype=torch.int32, device=device)
         self.uploader = Uploader(device)
@@ -328,7 +330,7 @@ class KVCache:
         for held in (self.lengths, self.longest):
             held[target] = held[source]
         self.pages[target], self.pages[source] = self.pages[source], []
-        for table in (self.seq_lens, self.active, self.host_table):
+        for table in (self.seq_lens, self.active, self.host_table, self.listed_at, *self.kept_lists):
             table[target] = table[source]
         for layer in self.full.values():
             layer.heat[target] = layer.heat[source]

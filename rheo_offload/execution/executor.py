@@ -343,6 +343,7 @@ class Executor:
                 (self.cache.rows, layer.spec.num_kv_heads, budget), -1, dtype=torch.int32, device=layer.device
             )
             self._lists[source] = whole, torch.zeros_like(whole[..., 0])
+            self.cache.kept_lists += self._lists[source]
         own = (*key, source)
         if own not in self._workspaces:
             lists = (t[: layer.rows] for t in self._lists[source])

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from rheo_offload import Engine, SamplingParams, offload, restore
+from rheo_offload.engine import engine as engine_module
 from rheo_offload.errors import ConfigError
 from rheo_offload.model.reuse_plan import read_reuse_plan
 from rheo_offload.model.specs import config_hash
@@ -110,7 +111,7 @@ def test_one_step_is_the_plain_path():
 
 
 def test_nothing_is_kept_across_turns_rows_or_requests():
-    """A row that was released, moved or cropped selects anew: its tokens are those of the request alone."""
+    """A row that was released or cropped selects anew: its tokens are those of the request alone."""
     model = four_layers()
     offload(model, sparse_config(selection=NO_HEAT | {"reuse_steps": 16}))
     prompts = [prompt(n, seed=n)[0].tolist() for n in (200, 201, 90, 202, 150)]
@@ -132,6 +133,39 @@ def test_rows_that_change_places_forget_their_lists():
     assert kv.listed_at.tolist()[0] == -1 and kv.listed_at.tolist()[1] > 0
     kv.release_row(1)
     assert kv.listed_at.tolist() == [-1, -1]
+
+
+def test_a_row_that_moves_takes_its_lists_along(monkeypatch):
+    """When others leave, a row moves down in the middle of a selection; that selection serves to its end."""
+    monkeypatch.setattr(engine_module, "SETTLE_STEPS", 3)
+    model = four_layers()
+    offload(model, sparse_config(selection={"reuse_steps": 16, "reuse_layers": {1: 0}}))
+    short, long = prompt(40, seed=1)[0], prompt(240, seed=2)[0]
+    lists = {}
+
+    class Observer:
+        def before_step(self, rows): ...
+
+        def begin(self, rows): ...
+
+        def note(self, layer, workspace):
+            for row, length in enumerate(kv.step_lens[: layer.rows].tolist()):
+                if length >= 240:
+                    lists[layer.spec.layer_idx, length] = workspace.selected_blocks[row].clone()
+
+    with Engine(model, max_rows=2, max_context_tokens=300) as engine:
+        kv, engine._ex.observer = engine._kv, Observer()
+        first = engine.submit(short, SamplingParams(max_new_tokens=2))
+        request = engine.submit(long, SamplingParams(max_new_tokens=14, ignore_eos=True))
+        engine.step()
+        assert request.row == 1
+        while request.row == 1:
+            engine.step()
+        assert first.is_done and (kv.lengths[0] - 1) % BLOCK % 16 < 15, "it moved in the middle"
+        engine.run()
+    for layer in range(4):
+        for length in range(242, 252):
+            assert torch.equal(lists[layer, length], lists[layer, 241]), (layer, length)
 
 
 def test_beams_and_drafts_still_decode():
