@@ -99,7 +99,8 @@ def check_heat(selector: Selector, heat_from: str) -> None:
             f"selection.heat_from: method {selector.name!r} attends to single tokens, which say nothing of a block; "
             "use scores"
         )
-    if heat_from == "attention" and (not selector.query_aware or isinstance(selector, LearnedBias)):
+    fixed = getattr(selector, "ragged", False) and selector.normalise == "none"
+    if heat_from == "attention" and (fixed or not selector.query_aware or isinstance(selector, LearnedBias)):
         raise ConfigError(
             f"selection.heat_from: method {selector.name!r} keeps no heat that attention could feed; use scores"
         )

@@ -212,7 +212,7 @@ def test_all_that_is_not_forced_is_ranked_by_heat():
     assert (policy.query_blocks, policy.agnostic_blocks, policy.recent_blocks) == (0, 6, 3)
 
 
-@pytest.mark.parametrize("method", ["streaming", "full"])
+@pytest.mark.parametrize("method", ["streaming", "full", "power", "moa"])
 def test_methods_without_heat_are_refused(method):
     with pytest.raises(ConfigError, match=f"heat_from: method '{method}' keeps no heat"):
         offload(
