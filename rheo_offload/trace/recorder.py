@@ -204,7 +204,7 @@ class Recorder:
             layer = kv.full[i]
             slot_of = layer.slot_of[..., :blocks].cpu().numpy()
             last = layer.last_used.cpu().numpy()[slot_of]
-            heat = layer.heat[..., :blocks].cpu().numpy()
+            heat = self._executor.heat_of(layer)[..., :blocks].cpu().numpy()
             own = np.array([kv.blocks_of(n) for n in kv.lengths])[:, None, None]
             rank = np.argsort(np.argsort(last, axis=-1, kind="stable"), axis=-1) + 1
             used.append(np.where(slot_of >= 0, rank, 0).astype(np.uint16))

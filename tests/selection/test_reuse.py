@@ -45,6 +45,7 @@ def test_layers_take_what_their_source_selected(method):
     stats = model.rheo.stats()
     assert stats.evicted_blocks > 0 and 0 < stats.captured_mass_min < 1
     assert trace.misses[1].sum() == trace.misses[0].sum() > 0, "the same blocks of the same pool size miss"
+    assert (trace.start_order[1] == trace.start_order[0]).all(), "warmed by the heat of their source"
 
 
 def test_layers_that_reuse_keep_no_summaries():
