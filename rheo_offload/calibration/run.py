@@ -73,7 +73,10 @@ class CalibrationOptions:
             )
         needed = WARM_QUERIES + self.score_steps
         if needed > context // 2:
-            raise CalibrationError(f"a window of {context} tokens is too short for {needed} scored queries")
+            raise CalibrationError(
+                f"a window of {context} tokens is too short for {needed} scored queries: give a longer --context, "
+                "or fewer --score-steps"
+            )
 
 
 @dataclass(slots=True)

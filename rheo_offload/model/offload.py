@@ -32,7 +32,13 @@ from rheo_offload.model.learned_heads import BiasHead, attach_heads, detach_head
 from rheo_offload.model.prefill import prefill_rows
 from rheo_offload.model.reuse_plan import read_reuse_plan
 from rheo_offload.model.self_test import self_test
-from rheo_offload.model.specs import config_problems, layer_specs, max_positions, text_config
+from rheo_offload.model.specs import (
+    check_dense_layers,
+    config_problems,
+    layer_specs,
+    max_positions,
+    text_config,
+)
 from rheo_offload.ops import kernels_for
 from rheo_offload.selection.base import LayerSelectors, Selector, method_of
 from rheo_offload.selection.duo import Duo
@@ -74,11 +80,7 @@ class RheoHandle:
         self._last: RheoCache | None = None
         self.on_executor: Callable[[Executor], None] | None = None
         """Told of the executor of every cache that takes its memory."""
-        beyond = [i for i in config.selection.dense_layers if i >= len(self.specs)]
-        if beyond:
-            raise ConfigError(
-                f"selection.dense_layers names layers {beyond}; the model has {len(self.specs)}"
-            )
+        check_dense_layers(config.selection.dense_layers, len(self.specs))
         selection, size = config.selection, config.cache.block_size
         method = make_selector(selection.method, selection.params, block_size=size)
         check_heat(method, selection.heat_from)

@@ -204,6 +204,11 @@ def test_methods_by_label_and_file(tmp_path):
         setups_of(["dense=quest"], [1024])
 
 
+def test_methods_without_a_packaged_file_have_the_defaults():
+    for setup in setups_of(["nsa_select", "seer_r"], [1024])[1:]:
+        assert setup.config is not None and setup.config.selection.method == setup.method
+
+
 def test_dense_is_always_there_and_needs_no_naming():
     assert [s.method for s in setups_of(["dense", "quest"], [1024])] == ["dense", "quest"]
     assert [task.name for task in tasks_of(["kl", "needle", "kl"])] == ["kl", "needle"]
