@@ -200,6 +200,7 @@ def save(
         model_type=text_config(model.config).model_type,
         method=", ".join(methods),
         provenance=f"rheo calibrate: {source}; {fitting}; held-out loss {losses}",
+        gate_block_size=options.block_size if found.gate else 0,
     )
     save_heads(path, layers, info)
 

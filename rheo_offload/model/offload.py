@@ -85,7 +85,7 @@ class RheoHandle:
         method = make_selector(selection.method, selection.params, block_size=size)
         check_heat(method, selection.heat_from)
         self._mean_values = mean_values(method, selection.remainder, block_size=size)
-        self._selector = _for_layers(method, model, self.specs, selection.dense_layers)
+        self._selector = _for_layers(method, model, self.specs, selection.dense_layers, size)
         reuse = selection.reuse_layers
         self._reuse = read_reuse_plan(reuse, model.config) if isinstance(reuse, str) else reuse
         check_reuse(self._reuse, selection.reuse_steps, self._selector, self.specs, selection.dense_layers)
@@ -414,11 +414,16 @@ def restore(model: PreTrainedModel) -> PreTrainedModel:
 
 
 def _for_layers(
-    method: Selector, model: PreTrainedModel, specs: Sequence[LayerSpec], dense_layers: Sequence[int]
+    method: Selector,
+    model: PreTrainedModel,
+    specs: Sequence[LayerSpec],
+    dense_layers: Sequence[int],
+    block_size: int,
 ) -> Selector | LayerSelectors:
     """Return a method that has weights or classes of heads with those of each layer, any other as it is."""
     if isinstance(method, SeerR):
-        return method.with_gates(load_gates(method.weights, model, specs, dense_layers=dense_layers))
+        gates = load_gates(method.weights, model, specs, block_size=block_size, dense_layers=dense_layers)
+        return method.with_gates(gates)
     if isinstance(method, Duo | MoA):
         return method.by_layer(specs, next(model.parameters()).device)
     return method
