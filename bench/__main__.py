@@ -1,4 +1,4 @@
-"""Command line of the benchmarks: `python -m bench decode | targets | gather | record | prefetch | plot`."""
+"""Command line of the benchmarks: a verb a suite, listed in bench/README.md."""
 
 import argparse
 import json

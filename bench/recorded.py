@@ -5,6 +5,7 @@ made by `bench/record.py`. `docs/prefetch.md` says what was recorded and what th
 """
 
 import json
+import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
@@ -53,13 +54,17 @@ class Recording:
         """Read a recording.
 
         Raises:
-            ValueError: not a recording of this format.
+            ValueError: not there, or not a recording of this format.
         """
-        with np.load(path, allow_pickle=False) as file:
-            if "meta" not in file:
-                raise ValueError(f"{path} is not a recording")
-            meta = json.loads(str(file["meta"]))
-            return cls(base=file["base"], early=file["early"], start_order=file["start_order"], meta=meta)
+        try:
+            with np.load(path, allow_pickle=False) as file:
+                meta = json.loads(str(file["meta"]))
+                arrays = {name: file[name] for name in ("base", "early", "start_order")}
+        except OSError as error:
+            raise ValueError(f"cannot read {path}: {error.strerror or error}") from error
+        except (ValueError, TypeError, EOFError, KeyError, zipfile.BadZipFile) as error:
+            raise ValueError(f"{path} is not a recording that `bench record` wrote") from error
+        return cls(**arrays, meta=meta)
 
     def save(self, path: str | Path) -> None:
         """Write a recording; an existing file is replaced."""

@@ -65,6 +65,8 @@ def run(
     if args.reservoir is not None:
         scale = replace(scale, reservoir_bytes=int(args.reservoir * 2**30))
     if args.contexts is not None:
+        if not all(n.isdecimal() and int(n) for n in args.contexts.split(",")):
+            raise ValueError(f"--contexts must be numbers of tokens, as 32768,16384, not {args.contexts!r}")
         scale = replace(scale, memory_contexts=tuple(int(n) for n in args.contexts.split(",")))
     base = quick_overrides if args.quick else FULL_OVERRIDES
     config = RheoConfig().with_overrides([*base, *COMMON, *overrides])

@@ -393,7 +393,10 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--tiny", action="store_true", help="a miniature for a CPU")
     parser.add_argument("--align", type=float, help="weight of the alignment of ranking scores")
     parser.add_argument("--lr", type=float, help="peak learning rate")
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    if args.resume and not args.resume.is_file():
+        parser.error(f"--resume: there is no file {args.resume}")
+    return args
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -8,6 +8,8 @@ from typing import Any
 
 import torch
 
+from rheo_offload.errors import ConfigError
+
 HOMES = {"triton": "gpu", "numba": "cpu", "reference": "reference"}
 
 OPS = (
@@ -46,16 +48,29 @@ def kernels_for(device: torch.device, kernels: str = "auto") -> SimpleNamespace:
     Args:
         device: where the pool lives.
         kernels: `auto` (Triton on CUDA, numba on the CPU), `triton`, `numba` or `reference`.
+
+    Raises:
+        ConfigError: Triton was asked for on a CPU, where it can only interpret its kernels.
     """
     if kernels == "auto":
         kernels = "triton" if device.type == "cuda" else "numba"
     if kernels not in HOMES:
         raise ValueError(f"kernels must be auto or one of {sorted(HOMES)}, not {kernels!r}")
+    if kernels == "triton" and device.type == "cpu" and not _interprets():
+        raise ConfigError(
+            "execution.kernels triton needs a GPU, and the model is on the CPU; use auto or numba"
+        )
     home = HOMES[kernels]
     ops = {op: getattr(importlib.import_module(f"csrc_free_kernels.{home}.{op}"), op) for op in OPS}
     if device.type == "cuda" and torch.cuda.device_count() > 1:
         ops = {name: _on(device, op) for name, op in ops.items()}
     return SimpleNamespace(**ops)
+
+
+def _interprets() -> bool:
+    """Return whether Triton interprets its kernels, as it does in tests without a GPU."""
+    interpret: bool = importlib.import_module("triton").knobs.runtime.interpret
+    return interpret
 
 
 def _on(device: torch.device, op: Callable[..., Any]) -> Callable[..., Any]:

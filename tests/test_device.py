@@ -4,6 +4,8 @@ import pytest
 import torch
 
 from rheo_offload import device as shim
+from rheo_offload.errors import ConfigError
+from rheo_offload.ops import kernels_for
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 
@@ -168,3 +170,9 @@ def test_fork_and_join_are_captured():
         graph.replay()
     torch.cuda.synchronize()
     assert x.eq(35).all()  # x -> 2x + 5, three times from 0
+
+
+def test_triton_on_a_cpu_is_refused(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("triton.knobs.runtime.interpret", False)
+    with pytest.raises(ConfigError, match=r"execution\.kernels triton needs a GPU"):
+        kernels_for(torch.device("cpu"), "triton")

@@ -73,7 +73,10 @@ class CalibrationOptions:
             )
         needed = WARM_QUERIES + self.score_steps
         if needed > context // 2:
-            raise CalibrationError(f"a window of {context} tokens is too short for {needed} scored queries")
+            raise CalibrationError(
+                f"a window of {context} tokens is too short for {needed} scored queries: give a longer --context, "
+                "or fewer --score-steps"
+            )
 
 
 @dataclass(slots=True)
@@ -197,6 +200,7 @@ def save(
         model_type=text_config(model.config).model_type,
         method=", ".join(methods),
         provenance=f"rheo calibrate: {source}; {fitting}; held-out loss {losses}",
+        gate_block_size=options.block_size if found.gate else 0,
     )
     save_heads(path, layers, info)
 

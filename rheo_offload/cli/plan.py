@@ -20,7 +20,14 @@ from rheo_offload.errors import RheoError, UnsupportedModelError
 from rheo_offload.execution.executor import STAGE_BLOCKS, STAGE_BYTES
 from rheo_offload.model.loader import DTYPES, PACKAGED_MODEL, prepare_packaged_model
 from rheo_offload.model.offload import DEVICE_RESERVE_BYTES
-from rheo_offload.model.specs import config_problems, layer_specs, max_positions, text_config
+from rheo_offload.model.reuse_plan import read_reuse_plan
+from rheo_offload.model.specs import (
+    check_dense_layers,
+    config_problems,
+    layer_specs,
+    max_positions,
+    text_config,
+)
 from rheo_offload.selection.learned_bias import bias_sizes
 from rheo_offload.selection.policy import make_selector, mean_values
 from rheo_offload.types import LayerSpec
@@ -226,6 +233,9 @@ def planner_for(args: argparse.Namespace) -> tuple[Planner, PreTrainedConfig]:
         DTYPES[args.dtype] if args.dtype != "auto" else getattr(hf_config, "dtype", None) or torch.bfloat16
     )
     specs = layer_specs(hf_config)
+    check_dense_layers(config.selection.dense_layers, len(specs))
+    if isinstance(reuse := config.selection.reuse_layers, str):
+        read_reuse_plan(reuse, hf_config)
     host = config.cache.host_memory
     return Planner(
         specs=specs,

@@ -31,6 +31,7 @@ from rheo_offload.metrics.probe import device_facts, versions
 from rheo_offload.model.hf_cache import RheoCache
 from rheo_offload.model.loader import PACKAGED_MODEL, load
 from rheo_offload.model.offload import offload, restore
+from rheo_offload.model.specs import max_positions
 
 __all__ = ["Dense", "FidelityRow", "compare", "read_densely", "text_ids"]
 
@@ -237,6 +238,8 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     args = parser.parse_intermixed_args(argv)
     if args.context < 1 or args.steps < 2:
         parser.error("--context must be at least 1 and --steps at least 2")
+    if not all(n.isdecimal() for n in args.budgets.split(",")):
+        parser.error(f"--budgets must be numbers of blocks, as 8,16,32, not {args.budgets!r}")
     return args
 
 
@@ -249,7 +252,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         for variant in variants:  # a typo shows before the model is read
             config.with_overrides(variant.split())
         model, tokenizer = load(args.model, gguf=args.gguf, dtype=args.dtype, device=args.device)
-        ids = text_ids(tokenizer, args.context + args.steps)
+        tokens, positions = args.context + args.steps, max_positions(model.config)
+        if positions is not None and tokens > positions:
+            raise RheoError(
+                f"--context {args.context} + --steps {args.steps} is {tokens - positions} more than the model's "
+                f"{positions} positions; shorten one of them"
+            )
+        ids = text_ids(tokenizer, tokens)
         args.out.mkdir(parents=True, exist_ok=True)
         words = sys.argv[1:] if argv is None else argv
         env = {

@@ -9,6 +9,7 @@ prefill but for its last `decode_tail_tokens` tokens; those, and the continuatio
 one. The interface is that of lm_eval 0.4.13 (`TemplateLM`); the harness is not a dependency of this package.
 """
 
+import sys
 from collections.abc import Sequence
 from typing import Any
 
@@ -28,9 +29,10 @@ try:
     from lm_eval.models.utils import normalize_gen_kwargs
     from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 except ImportError as error:
-    raise RheoError(
-        f"this module needs the lm-evaluation-harness ({error}): pip install 'lm_eval>=0.4.13'"
-    ) from error
+    missing = f"this module needs the lm-evaluation-harness ({error}): pip install 'lm_eval>=0.4.13'"
+    if __name__ == "__main__":
+        sys.exit(f"lm_eval_adapter: {missing}")
+    raise RheoError(missing) from error
 
 __all__ = ["RheoLM", "main"]
 

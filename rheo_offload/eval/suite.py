@@ -126,7 +126,10 @@ def _source_of(name: str) -> str:
 
 
 def _configured(source: str, overrides: Sequence[str]) -> RheoConfig:
-    config = RheoConfig.from_yaml(source).with_overrides(overrides)
+    named = source in packaged_names() or source not in METHODS
+    config = RheoConfig.from_yaml(source) if named else RheoConfig()
+    own = [] if named else [f"selection.method={source}"]
+    config = config.with_overrides([*own, *overrides])
     selection = config.selection
     make_selector(selection.method, selection.params, block_size=config.cache.block_size)
     return config

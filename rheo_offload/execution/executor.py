@@ -1,4 +1,4 @@
-"""What one batch's forward passes share: the cache, the kernels, the method, the streams, the scratch buffers.
+"""What one batch's forward passes share: the cache, the kernels, the method, the scratch buffers.
 
 `forward` is called once per layer and model forward; the first layer's call begins the step.
 """

@@ -35,6 +35,7 @@ def load_gates(
     model: PreTrainedModel,
     specs: Sequence[LayerSpec],
     *,
+    block_size: int,
     dense_layers: Sequence[int] = (),
 ) -> dict[int, SeerGate]:
     """Return the gate of every full-attention layer that is not kept dense, on the model's device, in its dtype.
@@ -43,11 +44,12 @@ def load_gates(
         path: `selection.params.weights`.
         model: the model that is being offloaded.
         specs: its attention layers.
+        block_size: tokens in a block of the cache.
         dense_layers: layers that need none.
 
     Raises:
-        HeadsError: with everything that is missing, misshapen, not finite, meant for another model, or a rotation
-            that cannot be undone.
+        HeadsError: with everything that is missing, misshapen, not finite, meant for another model or
+            block size, or a rotation that cannot be undone.
     """
     gated = [s for s in specs if not s.is_sliding and s.layer_idx not in dense_layers]
     if path is None:
@@ -59,6 +61,11 @@ def load_gates(
         )
     file = read_heads(path, GATE_TENSORS)
     problems = info_problems(file.info, specs, text_config(model.config).model_type)
+    fitted = file.info.gate_block_size if file.info else 0
+    if fitted not in (0, block_size):
+        problems.append(
+            f"its gates were fitted to blocks of {fitted} tokens; set cache.block_size={fitted}, not {block_size}"
+        )
     problems += _gate_problems(file, gated)
     ropes: Mapping[int, Rope] = {}
     try:

@@ -67,9 +67,19 @@ class HeadsInfo:
     """Which selection method the tensors belong to."""
     provenance: str
     """Where they come from: for example the fit (data, tokens, seed) or the checkpoint."""
+    gate_block_size: int = 0
+    """Tokens in the blocks that gates were fitted to; 0: no gates, or the file does not say."""
 
     @classmethod
-    def of(cls, specs: Sequence[LayerSpec], *, model_type: str, method: str, provenance: str) -> Self:
+    def of(
+        cls,
+        specs: Sequence[LayerSpec],
+        *,
+        model_type: str,
+        method: str,
+        provenance: str,
+        gate_block_size: int = 0,
+    ) -> Self:
         """Describe a file for the model with these attention layers."""
         first = specs[0]
         return cls(
@@ -80,6 +90,7 @@ class HeadsInfo:
             head_dim=first.head_dim,
             method=method,
             provenance=provenance,
+            gate_block_size=gate_block_size,
         )
 
 
@@ -191,6 +202,8 @@ def _info_of(metadata: Mapping[str, str], file: Path) -> HeadsInfo | None:
     values: dict[str, Any] = {}
     try:
         for field in dataclasses.fields(HeadsInfo):
+            if field.name not in metadata and field.default is not dataclasses.MISSING:
+                continue
             values[field.name] = int(metadata[field.name]) if field.type is int else metadata[field.name]
     except (KeyError, ValueError) as error:
         raise HeadsError([f"{file}: its metadata lacks a usable {field.name}"]) from error
@@ -204,7 +217,13 @@ def info_problems(info: HeadsInfo | None, specs: Sequence[LayerSpec], model_type
     """Return every way in which a file was made for another model (empty: none, or it does not say)."""
     if info is None:
         return []
-    model = HeadsInfo.of(specs, model_type=model_type, method=info.method, provenance=info.provenance)
+    model = HeadsInfo.of(
+        specs,
+        model_type=model_type,
+        method=info.method,
+        provenance=info.provenance,
+        gate_block_size=info.gate_block_size,
+    )
     return [
         f"it was made for {field.name} {getattr(info, field.name)}, the model has {getattr(model, field.name)}"
         for field in dataclasses.fields(HeadsInfo)

@@ -32,7 +32,13 @@ from rheo_offload.model.learned_heads import BiasHead, attach_heads, detach_head
 from rheo_offload.model.prefill import prefill_rows
 from rheo_offload.model.reuse_plan import read_reuse_plan
 from rheo_offload.model.self_test import self_test
-from rheo_offload.model.specs import config_problems, layer_specs, max_positions, text_config
+from rheo_offload.model.specs import (
+    check_dense_layers,
+    config_problems,
+    layer_specs,
+    max_positions,
+    text_config,
+)
 from rheo_offload.ops import kernels_for
 from rheo_offload.selection.base import LayerSelectors, Selector, method_of
 from rheo_offload.selection.duo import Duo
@@ -74,16 +80,12 @@ class RheoHandle:
         self._last: RheoCache | None = None
         self.on_executor: Callable[[Executor], None] | None = None
         """Told of the executor of every cache that takes its memory."""
-        beyond = [i for i in config.selection.dense_layers if i >= len(self.specs)]
-        if beyond:
-            raise ConfigError(
-                f"selection.dense_layers names layers {beyond}; the model has {len(self.specs)}"
-            )
+        check_dense_layers(config.selection.dense_layers, len(self.specs))
         selection, size = config.selection, config.cache.block_size
         method = make_selector(selection.method, selection.params, block_size=size)
         check_heat(method, selection.heat_from)
         self._mean_values = mean_values(method, selection.remainder, block_size=size)
-        self._selector = _for_layers(method, model, self.specs, selection.dense_layers)
+        self._selector = _for_layers(method, model, self.specs, selection.dense_layers, size)
         reuse = selection.reuse_layers
         self._reuse = read_reuse_plan(reuse, model.config) if isinstance(reuse, str) else reuse
         check_reuse(self._reuse, selection.reuse_steps, self._selector, self.specs, selection.dense_layers)
@@ -412,11 +414,16 @@ def restore(model: PreTrainedModel) -> PreTrainedModel:
 
 
 def _for_layers(
-    method: Selector, model: PreTrainedModel, specs: Sequence[LayerSpec], dense_layers: Sequence[int]
+    method: Selector,
+    model: PreTrainedModel,
+    specs: Sequence[LayerSpec],
+    dense_layers: Sequence[int],
+    block_size: int,
 ) -> Selector | LayerSelectors:
     """Return a method that has weights or classes of heads with those of each layer, any other as it is."""
     if isinstance(method, SeerR):
-        return method.with_gates(load_gates(method.weights, model, specs, dense_layers=dense_layers))
+        gates = load_gates(method.weights, model, specs, block_size=block_size, dense_layers=dense_layers)
+        return method.with_gates(gates)
     if isinstance(method, Duo | MoA):
         return method.by_layer(specs, next(model.parameters()).device)
     return method

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+from collections.abc import Collection
 from typing import Any
 
 import transformers
@@ -9,7 +10,7 @@ from packaging.version import Version
 from transformers import PreTrainedConfig
 from transformers.cache_utils import get_layer_types_and_kwargs
 
-from rheo_offload.errors import UnsupportedModelError
+from rheo_offload.errors import ConfigError, UnsupportedModelError
 from rheo_offload.types import LayerSpec
 
 TESTED = ("5.16", "5.18")  # first tested release, first untested one
@@ -80,6 +81,12 @@ def layer_specs(config: PreTrainedConfig) -> list[LayerSpec]:
         )
         for i, kind in enumerate(_layer_types(text))
     ]
+
+
+def check_dense_layers(dense_layers: Collection[int], num_layers: int) -> None:
+    """Raise `ConfigError` for `selection.dense_layers` that a model of so many layers does not have."""
+    if beyond := [i for i in dense_layers if i >= num_layers]:
+        raise ConfigError(f"selection.dense_layers names layers {beyond}; the model has {num_layers}")
 
 
 def max_positions(config: PreTrainedConfig) -> int | None:

@@ -148,7 +148,9 @@ class Trace:
                 raise TraceError(f"{str(path)!r} is no trace, or truncated") from error
             raise TraceError(f"cannot read {str(path)!r}: {error.strerror}") from error
         except (ValueError, TypeError, EOFError, KeyError, zlib.error, zipfile.BadZipFile) as error:
-            raise TraceError(f"{str(path)!r} is no trace, or truncated: {error}") from error
+            raise TraceError(
+                f"{str(path)!r} is no trace that `rheo trace record` wrote, or truncated"
+            ) from error
         try:
             meta = json.loads(str(held.pop("meta")))
             version = meta.pop("format")

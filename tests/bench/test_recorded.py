@@ -47,6 +47,11 @@ def test_other_files_are_refused(tmp_path):
     np.savez(tmp_path / "b.npz", base=np.zeros(3))
     with pytest.raises(ValueError, match="not a recording"):
         Recording.load(tmp_path / "b.npz")
+    (tmp_path / "text.npz").write_text("no recording at all")
+    with pytest.raises(ValueError, match="not a recording"):
+        Recording.load(tmp_path / "text.npz")
+    with pytest.raises(ValueError, match="cannot read .*No such file"):
+        Recording.load(tmp_path / "nowhere.npz")
     recording = made_up()
     with pytest.raises(ValueError, match="format 2"):
         Recording(

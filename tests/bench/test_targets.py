@@ -453,6 +453,7 @@ def test_every_suite_runs_in_small(traces, tmp_path):
         (["speed"], "speed"),
         (["resident"], "--model"),
         (["resident", "cache.block_sze=16", "--quick"], "cache.block_size"),
+        (["memory", "--quick", "--contexts", "16k"], "--contexts must be numbers of tokens"),
     ],
 )
 def test_senseless_targets_are_refused_by_name(words, message, tmp_path, capsys):

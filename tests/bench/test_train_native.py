@@ -243,3 +243,9 @@ def test_full_budget_equals_dense_in_training(tensors):
         for geometry in (everything, None)
     ]
     assert torch.equal(*outs)
+
+
+def test_weights_that_are_not_there_are_refused(tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        train_native.parse(["--out", str(tmp_path), "--resume", str(tmp_path / "nowhere.pt")])
+    assert "there is no file" in capsys.readouterr().err

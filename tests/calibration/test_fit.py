@@ -8,7 +8,7 @@ from rheo_offload.calibration.data import Windows
 from rheo_offload.calibration.fit import FitOptions, GateHead, fit, pool_windows
 from rheo_offload.calibration.run import CalibrationOptions, calibrate, save
 from rheo_offload.calibration.score import WARM_QUERIES, Budget, mean_key_scores, replay
-from rheo_offload.errors import CalibrationError
+from rheo_offload.errors import CalibrationError, HeadsError
 from rheo_offload.model.gates import load_gates
 from rheo_offload.model.learned_heads import BIAS_TENSORS, bias_heads, read_heads
 from rheo_offload.model.specs import layer_specs
@@ -94,7 +94,11 @@ def test_what_is_saved_is_what_was_fitted(calibrated, tmp_path):
     assert file.info.method == "nosa, seer_r" and "runs of tokens" in file.info.provenance
     assert "'block_size': 32" in file.info.provenance and "'seed': 0" in file.info.provenance
     heads = bias_heads(read_heads(path, BIAS_TENSORS), layer_specs(model.config), model_type="llama")
-    gates = load_gates(path, model, layer_specs(model.config))
+    gates = load_gates(path, model, layer_specs(model.config), block_size=C)
+    with pytest.raises(
+        HeadsError, match=f"fitted to blocks of {C} tokens; set cache.block_size={C}, not {2 * C}"
+    ):
+        load_gates(path, model, layer_specs(model.config), block_size=2 * C)
     ops = kernels_for(torch.device("cpu"), "reference")
     for i, sample in found.samples.items():
         with torch.no_grad():

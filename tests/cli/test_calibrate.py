@@ -80,7 +80,7 @@ def test_json_is_one_record(model_dir, text, tmp_path, capsys):
         (["--out", "side.bin"], "--out must end in .safetensors"),
         (["--budget", "16"], "the budget must leave a choice"),
         (["--budget", "320"], "at most half the window"),
-        (["--score-steps", "200"], "too short for 264 scored queries"),
+        (["--score-steps", "200"], "too short for 264 scored queries: give a longer --context"),
     ],
 )
 def test_refused_before_the_model_is_read(text, tmp_path, capsys, monkeypatch, arguments, message):

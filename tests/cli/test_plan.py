@@ -156,6 +156,8 @@ def test_refusals(config_json: Path, tmp_path: Path, capsys):
         (["--model", str(tmp_path / "nowhere")], "cannot read the configuration"),
         (["--model", str(tmp_path)], "encoder-decoder"),
         (["--model", str(config_json), "--device-total", "80 gigs"], "--device-total"),
+        (["--model", str(config_json), "selection.dense_layers=[99]"], "dense_layers names layers [99]"),
+        (["--model", str(config_json), "selection.reuse_layers=none.json"], "cannot read 'none.json'"),
         (["--model", str(config_json), "selection.methd=quest"], "did you mean 'selection.method'?"),
     ]:
         assert main(["plan", "--context", "1000", *flags]) == 2

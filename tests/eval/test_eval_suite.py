@@ -3,6 +3,7 @@
 import argparse
 import importlib
 import json
+import runpy
 import sys
 
 import pytest
@@ -204,6 +205,11 @@ def test_methods_by_label_and_file(tmp_path):
         setups_of(["dense=quest"], [1024])
 
 
+def test_methods_without_a_packaged_file_have_the_defaults():
+    for setup in setups_of(["nsa_select", "seer_r"], [1024])[1:]:
+        assert setup.config is not None and setup.config.selection.method == setup.method
+
+
 def test_dense_is_always_there_and_needs_no_naming():
     assert [s.method for s in setups_of(["dense", "quest"], [1024])] == ["dense", "quest"]
     assert [task.name for task in tasks_of(["kl", "needle", "kl"])] == ["kl", "needle"]
@@ -290,3 +296,12 @@ def test_the_harness_adapter_says_what_it_needs(monkeypatch):
     monkeypatch.setitem(sys.modules, "lm_eval.api.model", None)
     with pytest.raises(RheoError, match="pip install 'lm_eval"):
         importlib.import_module("rheo_offload.eval.lm_eval_adapter")
+
+
+def test_the_adapter_without_the_harness_says_how_to_get_it(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setitem(sys.modules, "lm_eval", None)
+    monkeypatch.delitem(sys.modules, "rheo_offload.eval.lm_eval_adapter", raising=False)
+    for name in [name for name in sys.modules if name.startswith("lm_eval.")]:
+        monkeypatch.setitem(sys.modules, name, None)
+    with pytest.raises(SystemExit, match="pip install 'lm_eval"):
+        runpy.run_module("rheo_offload.eval.lm_eval_adapter", run_name="__main__")

@@ -72,6 +72,11 @@ def test_the_command_line_writes_rows(tmp_path, monkeypatch, capsys):
     assert "kl" in capsys.readouterr().out
     assert fidelity.main([*args, "--vary", "selection.remainde=none"]) == 2
     assert "did you mean 'selection.remainder'" in capsys.readouterr().err
+    assert fidelity.main(["--context", "9999", "--out", str(out)]) == 2
+    assert "positions; shorten one of them" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        fidelity.main([*args, "--budgets", "few"])
+    assert "--budgets must be numbers of blocks" in capsys.readouterr().err
 
 
 def test_a_text_that_is_too_short_is_refused():
