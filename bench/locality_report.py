@@ -135,11 +135,11 @@ def draw(rows: list[Record], folder: Path) -> Path | None:
         _panel(axes, [r for r in rows if r["fill"] == text])
         axes.set(title=text, xscale="log")
     figure.legend(*grid[0].get_legend_handles_labels(), loc="outside lower center", ncols=4, fontsize=7)
-    figure.supxlabel("missed share of the selected blocks (line: 0.02)", fontsize=9)
     figure.supylabel("recall of attention mass", fontsize=9)
     figure.suptitle(
-        f"{rows[0]['model']}, {blocks} blocks of {size}; from right to left the query-agnostic share grows",
-        fontsize=10,
+        f"{rows[0]['model']}, {blocks} blocks of {size}: recall over the missed share of the selected blocks "
+        "(line: 0.02); from right to left the query-agnostic share grows",
+        fontsize=8,
     )
     figure.savefig(folder / FIGURE, dpi=110)
     return folder / FIGURE
