@@ -13,7 +13,16 @@ import numba
 import torch
 import yaml
 
-from bench import fuzz, plots, prefetch_plot, prefetch_suite, record_suite, targets
+from bench import (
+    fuzz,
+    locality_report,
+    locality_suite,
+    plots,
+    prefetch_plot,
+    prefetch_suite,
+    record_suite,
+    targets,
+)
 from bench.baselines import BASELINES, DEFAULT_BASELINES
 from bench.decode import Sweep, run_decode
 from bench.env import environment, machine
@@ -140,6 +149,7 @@ def _parser() -> argparse.ArgumentParser:
     targets.add_parser(suites, common, _targets)
     record_suite.add_parser(suites, common)
     prefetch_suite.add_parser(suites, common, _prefetch)
+    locality_suite.add_parser(suites, common, _locality)
 
     kernels = suites.add_parser("kernels", parents=[common], help="the ops of a decode step, one by one")
     kernels.add_argument("--batch-sizes", type=_list_of(int), default=[1, 8, 16, 32, 64], metavar="N,...")
@@ -311,6 +321,16 @@ def _prefetch(args: argparse.Namespace, argv: Sequence[str]) -> int:
     results.save(device, {}, {"bench": settings, "machine": asdict(Machine())})
     prefetch_suite.run_prefetch(args, results.extend)
     prefetch_plot.draw(results.folder)
+    return results.exit_code()
+
+
+def _locality(args: argparse.Namespace, argv: Sequence[str]) -> int:
+    device = _device(args)
+    settings = locality_suite.settings_of(args)
+    results = _results(args, argv, "locality", device)
+    results.save(device, {}, {"bench": settings})
+    locality_suite.run_locality(args, device, results.extend)
+    locality_report.write(results.folder)
     return results.exit_code()
 
 

@@ -62,6 +62,8 @@ class Row:
     fill: str = ""
     forced_miss_rate: float | None = None
     hit_rate: float | None = None
+    hit_rate_unforced: float | None = None
+    """The same without sink and recent blocks, which nearly always hit."""
     missed_blocks: float | None = None
     """Selected but absent blocks per step, all rows, layers and heads."""
     evicted_blocks: float | None = None

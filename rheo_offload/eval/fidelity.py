@@ -82,17 +82,17 @@ class FidelityRow:
     device_kv_bytes: int
 
 
-def text_ids(tokenizer: PreTrainedTokenizerBase, num_tokens: int) -> Tensor:
-    """Return the first `num_tokens` tokens of a real text, [1, num_tokens] int64.
+def text_ids(tokenizer: PreTrainedTokenizerBase, num_tokens: int, text: str | None = None) -> Tensor:
+    """Return the first `num_tokens` tokens of a text, by default Python's language reference, [1, num_tokens] int64.
 
     Raises:
         RheoError: the text is shorter.
     """
     ids = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
-    for paragraph in prose_paragraphs():
+    for piece in [text] if text is not None else (f"{p}\n\n" for p in prose_paragraphs()):
+        ids += tokenizer(piece, add_special_tokens=False)["input_ids"]
         if len(ids) >= num_tokens:
             return torch.tensor([ids[:num_tokens]])
-        ids += tokenizer(f"{paragraph}\n\n", add_special_tokens=False)["input_ids"]
     raise RheoError(f"the text has {len(ids)} tokens, too few for {num_tokens}")
 
 
@@ -224,6 +224,7 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--model", default=PACKAGED_MODEL, help="directory or hub id (default: %(default)s)")
     parser.add_argument("--gguf", metavar="FILE", help="GGUF file inside that directory")
+    parser.add_argument("--text", type=Path, metavar="FILE", help="default: Python's language reference")
     parser.add_argument("--context", type=int, default=8192, help="prompt tokens (default: %(default)s)")
     parser.add_argument("--steps", type=int, default=64, help="tokens fed after it (default: %(default)s)")
     parser.add_argument("--budgets", default="8,16,32", metavar="N,N", help="blocks (default: %(default)s)")
@@ -243,6 +244,13 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     return args
 
 
+def _read(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise RheoError(f"cannot read the text {str(path)!r}: {error}") from error
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the comparison from the command line; return 0, or 2 after an error this package explains."""
     args = _arguments(argv)
@@ -251,6 +259,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         budgets, variants = [int(n) for n in args.budgets.split(",")], args.vary or [""]
         for variant in variants:  # a typo shows before the model is read
             config.with_overrides(variant.split())
+        text = None if args.text is None else _read(args.text)
         model, tokenizer = load(args.model, gguf=args.gguf, dtype=args.dtype, device=args.device)
         tokens, positions = args.context + args.steps, max_positions(model.config)
         if positions is not None and tokens > positions:
@@ -258,7 +267,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 f"--context {args.context} + --steps {args.steps} is {tokens - positions} more than the model's "
                 f"{positions} positions; shorten one of them"
             )
-        ids = text_ids(tokenizer, tokens)
+        ids = text_ids(tokenizer, tokens, text)
         args.out.mkdir(parents=True, exist_ok=True)
         words = sys.argv[1:] if argv is None else argv
         env = {

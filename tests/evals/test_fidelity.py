@@ -60,7 +60,7 @@ def test_lent_history_equals_a_prefill(read):
 def test_the_command_line_writes_rows(tmp_path, monkeypatch, capsys):
     model = tiny_model("llama", device=DEVICE)
     monkeypatch.setattr(fidelity, "load", lambda *args, **kwargs: (model, None))
-    monkeypatch.setattr(fidelity, "text_ids", lambda tokenizer, tokens: prompt(tokens))
+    monkeypatch.setattr(fidelity, "text_ids", lambda tokenizer, tokens, text: prompt(tokens))
     out = tmp_path / "out"
     args = ["--context", "100", "--steps", "3", "--budgets", "4", "--out", str(out), "cache.block_size=16"]
     assert fidelity.main([*args, "--vary", "selection.recent_blocks=2"]) == 0
@@ -79,13 +79,42 @@ def test_the_command_line_writes_rows(tmp_path, monkeypatch, capsys):
     assert "--budgets must be numbers of blocks" in capsys.readouterr().err
 
 
+class Words:
+    """A tokenizer that numbers the words of each text it is given."""
+
+    bos_token_id = 1
+
+    def __call__(self, text, add_special_tokens):
+        return {"input_ids": list(range(len(text.split())))}
+
+
+def test_a_text_of_ones_own_is_read(tmp_path, monkeypatch, capsys):
+    assert fidelity.text_ids(Words(), 4, "a b c d e").tolist() == [[1, 0, 1, 2]]
+    with pytest.raises(RheoError, match="has 6 tokens, too few for 7"):
+        fidelity.text_ids(Words(), 7, "a b c d e")
+
+    seen = []
+    monkeypatch.setattr(fidelity, "load", lambda *args, **kwargs: (tiny_model("llama", device=DEVICE), None))
+    monkeypatch.setattr(fidelity, "text_ids", lambda t, tokens, text: seen.append(text) or prompt(tokens))
+    (tmp_path / "own.txt").write_text("my\nown", encoding="utf-8")
+    args = [
+        "--context",
+        "100",
+        "--steps",
+        "2",
+        "--budgets",
+        "4",
+        "cache.block_size=16",
+        "--out",
+        str(tmp_path),
+    ]
+    assert fidelity.main([*args, "--text", str(tmp_path / "own.txt")]) == 0
+    assert seen == ["my\nown"]
+    assert fidelity.main([*args, "--text", str(tmp_path / "other.txt")]) == 2
+    assert "cannot read the text" in capsys.readouterr().err
+
+
 def test_a_text_that_is_too_short_is_refused():
-    class Words:
-        bos_token_id = 1
-
-        def __call__(self, text, add_special_tokens):
-            return {"input_ids": list(range(len(text.split())))}
-
     assert fidelity.text_ids(Words(), 100).shape == (1, 100)
     with pytest.raises(RheoError, match="too few for 10000000"):
         fidelity.text_ids(Words(), 10**7)
