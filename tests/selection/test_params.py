@@ -100,17 +100,17 @@ def test_packaged_files_make_their_method(name):
 def test_the_table_of_the_docs_is_complete_and_its_bytes_are_right():
     """One row a method, with the bytes of its summary per token at D = 128, C = 64 in bf16."""
     rows = {}
-    for line in DOCS.read_text().splitlines():
+    for line in DOCS.read_text().partition("## Rules")[0].splitlines():
         cells = [cell.strip() for cell in line.strip("|").split("|")]
         if len(cells) == 8 and cells[0].startswith("`"):
             rows[cells[0].strip("`")] = cells
     assert set(rows) == set(METHODS)
     for name, cells in rows.items():
         cls = METHODS[name]
-        stored = re.match(r"\d+", cells[5])
+        stored = re.search(r"\d+", cells[5])
         assert stored and int(stored[0]) == cls().summary_width(64) * 128 * 2 // 64, name
         taken = [f.name for f in dataclasses.fields(cls)] if dataclasses.is_dataclass(cls) else []
-        assert all(f"`{key}`" in cells[7] for key in taken) and bool(taken) == (cells[7] != "none"), name
+        assert all(f"`{key}`" in cells[7] for key in taken) and bool(taken) == bool(cells[7]), name
 
 
 def test_the_command_line_refuses_before_weights_are_read(tmp_path, capsys):
