@@ -216,7 +216,7 @@ class Step:
             self.parts, self.lse_parts, None, self.out, None, splits=self.hit_splits, late_slots=self.misses
         )
 
-    def attend_merge(self, x: Layer) -> None:
+    def attend_and_merge(self, x: Layer) -> None:
         """Attend to the hits and merge, which splits trade against each other."""
         self.attend_fetch(x)
         self.merge(x)

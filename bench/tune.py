@@ -76,7 +76,7 @@ def _compile(job: Job) -> None:
                 launch.candidate("attend_splits", device, pairs, {}, {"programs": splits * pairs}),
             ):
                 step.split()
-                step.attend_merge(x)
+                step.attend_and_merge(x)
         elif op == "decide":
             with launch.candidate("decide", device, pairs, decide_features(s), use):
                 step.decide(x)
@@ -113,7 +113,7 @@ def _tune_attend(s: Shape, device: torch.device, samples: int) -> None:
             launch.candidate("attend_splits", device, pairs, {}, {"programs": splits * pairs}),
         ):
             step.split()
-            results.append((_median_us(step, step.attend_merge, samples), splits, use))
+            results.append((_median_us(step, step.attend_and_merge, samples), splits, use))
     _report(f"attend+merge b{s.rows}", results)
     _, splits, use = min(results, key=lambda r: r[0])
     launch.put("attend", device, pairs, features, use)

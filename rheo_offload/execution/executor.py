@@ -75,7 +75,7 @@ class Executor:
         self.overlap = overlap
         self.audit = Audit(audit_every, cache.device)
         self.audit_now = False
-        self.raised = RaisedBudgets(raise_below, policy)
+        self.raised = RaisedBudgets(raise_below)
         self.observer: StepObserver | None = None
         self.wants_heat = True
         self.decode_steps = self.row_steps = 0
@@ -136,7 +136,7 @@ class Executor:
         self.row_steps += self.cache.rows if rows is None else len(rows)
         self.audit_now = self.audit.due(self.decode_steps)
         if self.audit_now:
-            self.raised.learn(self.audit.fetched(), self.cache.full)
+            self.raised.learn(self.audit.fetched(), self.cache.full, self.policy)
         if self.observer is not None:
             self.observer.before_step(rows)
 
@@ -254,7 +254,9 @@ class Executor:
     def version(self) -> Hashable:
         """What ends a captured step: memory that moved, a dense layer that (no longer) fits, who looks on, a raise."""
         streamed = tuple(i for i, layer in self.cache.full.items() if self.is_streamed(layer))
-        budgets = tuple((i, self.raised.blocks_of(self.cache.full[i])) for i in self.raised.layers)
+        budgets = tuple(
+            (i, self.raised.blocks_of(self.cache.full[i], self.policy)) for i in self.raised.layers
+        )
         return self.cache.version, streamed, self.observer, budgets
 
     def is_streamed(self, layer: FullLayer) -> bool:
@@ -280,7 +282,7 @@ class Executor:
     def policy_of(self, layer: FullLayer) -> Policy:
         """Return the layer's policy: the configured one or as raised, or everything for layers kept dense."""
         if not self.is_dense(layer):
-            return self.raised.policy_of(layer) if self.raised.below else self.policy
+            return self.raised.policy_of(layer, self.policy)
         return replace(
             self.policy,
             block_budget=layer.max_blocks,

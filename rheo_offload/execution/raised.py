@@ -20,39 +20,34 @@ FACTOR = 1.5
 class RaisedBudgets:
     """Which layers of a batch attend to more blocks than configured."""
 
-    def __init__(self, below: float, policy: Policy) -> None:
-        """Take the threshold of the captured mass (0: never raise) and the configured policy."""
-        self.below, self._policy = below, policy
+    def __init__(self, below: float) -> None:
+        """Take the threshold of the captured mass; 0: never raise. The configured policy comes with every question."""
+        self.below = below
         self._wanted: dict[int, int] = {}
         self._at_most: set[int] = set()  # layers that cannot be raised further, said once
-        self._widened: dict[int, Policy] = {}
 
     @property
     def layers(self) -> Iterable[int]:
         """Layers that were raised."""
         return self._wanted
 
-    def blocks_of(self, layer: FullLayer) -> int:
+    def blocks_of(self, layer: FullLayer, policy: Policy) -> int:
         """Return the budget of a layer: as raised, at most what its pool holds beside the tail."""
-        configured = self._policy.block_budget
+        configured = policy.block_budget
         wanted = self._wanted.get(layer.spec.layer_idx, configured)
         return configured if wanted == configured else max(configured, min(wanted, _room(layer)))
 
-    def policy_of(self, layer: FullLayer) -> Policy:
+    def policy_of(self, layer: FullLayer, policy: Policy) -> Policy:
         """Return the policy of a layer that selects."""
-        blocks = self.blocks_of(layer)
-        if blocks == self._policy.block_budget:
-            return self._policy
-        if blocks not in self._widened:
-            self._widened[blocks] = widened(self._policy, blocks)
-        return self._widened[blocks]
+        blocks = self.blocks_of(layer, policy)
+        return policy if blocks == policy.block_budget else widened(policy, blocks)
 
-    def learn(self, masses: Mapping[int, float], layers: Mapping[int, FullLayer]) -> None:
+    def learn(self, masses: Mapping[int, float], layers: Mapping[int, FullLayer], policy: Policy) -> None:
         """Raise the layers whose captured mass is below the threshold by half, up to what their pool holds."""
         for i, mass in masses.items():
             if mass >= self.below:
                 continue
-            now, room = self.blocks_of(layers[i]), _room(layers[i])
+            now, room = self.blocks_of(layers[i], policy), _room(layers[i])
             if now < room:
                 self._wanted[i] = min(room, math.ceil(now * FACTOR))
                 what = f"budget {now} -> {self._wanted[i]} blocks"

@@ -56,7 +56,7 @@ def collect_stats(cache: RheoCache, specs: Sequence[LayerSpec]) -> Stats:
         output_error_mean=float(np.mean([a.output_error_mean for a in audited])) if audited else None,
         output_error_max=max(a.output_error_max for a in audited) if audited else None,
         layers=tuple(audited),
-        raised_budgets={i: ex.raised.blocks_of(kv.full[i]) for i in ex.raised.layers},
+        raised_budgets={i: ex.raised.blocks_of(kv.full[i], ex.policy) for i in ex.raised.layers},
         audited_steps=ex.audit.steps,
         device_kv_bytes=kv.device_bytes,
         dense_kv_bytes=sum(kv.lengths) * token_bytes,

@@ -152,16 +152,16 @@ class Layer:
 
 def test_raises_stay_inside_the_pool():
     """10 blocks -> 15 -> 19 of 20 slots; then the pool shrinks to 16 and grows to hold everything."""
-    raised, layer = RaisedBudgets(0.9, policy(10, 4, 4)), Layer(20, 100)
-    raised.learn({3: 0.95}, {3: layer})
-    assert raised.blocks_of(layer) == 10 and not raised.layers
+    raised, layer, given = RaisedBudgets(0.9), Layer(20, 100), policy(10, 4, 4)
+    raised.learn({3: 0.95}, {3: layer}, given)
+    assert raised.blocks_of(layer, given) == 10 and not raised.layers
     for want in (15, 19, 19):
-        raised.learn({3: 0.5}, {3: layer})
-        assert raised.blocks_of(layer) == want == raised.policy_of(layer).block_budget
+        raised.learn({3: 0.5}, {3: layer}, given)
+        assert raised.blocks_of(layer, given) == want == raised.policy_of(layer, given).block_budget
     layer.capacity = 16
-    assert raised.blocks_of(layer) == 15
+    assert raised.blocks_of(layer, given) == 15
     layer.capacity = 11
-    assert raised.blocks_of(layer) == 10 and raised.policy_of(layer).query_blocks == 4
+    assert raised.blocks_of(layer, given) == 10 and raised.policy_of(layer, given).query_blocks == 4
     layer.capacity = layer.max_blocks = 24
-    raised.learn({3: 0.5}, {3: layer})
-    assert raised.blocks_of(layer) == 24, "a pool that holds every block needs no slot for the tail"
+    raised.learn({3: 0.5}, {3: layer}, given)
+    assert raised.blocks_of(layer, given) == 24, "a pool that holds every block needs no slot for the tail"
