@@ -34,6 +34,11 @@ class Geometry:
     agnostic: int = 2
 
     @property
+    def tokens(self) -> int:
+        """Return the budget in tokens."""
+        return self.budget * self.block_size
+
+    @property
     def query(self) -> int:
         """Return the blocks chosen by score."""
         return self.budget - self.sink - self.recent - self.agnostic

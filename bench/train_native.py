@@ -4,9 +4,11 @@
     python -m bench.train_native --minutes 8 --out out/dense --dense
 
 Training goes by the clock: sequences grow from 128 to 8192 tokens, each length as soon as the one before it is learnt
-or its share of the time is over; the learning rate is constant, then falls to zero over the last third. The folder gets
-the model (bfloat16, loadable by transformers), `heads.safetensors` (the learned heads), `weights.pt` (fp32, for
---resume), `log.jsonl`, and at the end `results.json`: exactly answered questions by task, length and attention.
+or its share of the time is over; the learning rate is constant, then falls to zero over the last third. A native run
+learns the task densely first; then selection joins, beginning with the length at which it leaves something out.
+
+The folder gets the model (bfloat16, loadable by transformers), `heads.safetensors` (the learned heads), `weights.pt`
+(fp32, for --resume), `log.jsonl`, and at the end `results.json`: exactly answered questions by task, length and attention.
 """
 
 import argparse
@@ -63,6 +65,8 @@ class Recipe:
     heads: int = 8
     learning_rate: float = 1e-3
     align: float = 1.0
+    dense_share: float = 0.35
+    """Largest share of the time in which a native run only learns the task, densely."""
     wired: bool = True
     """Whether the model begins with an induction circuit."""
     eval_sequences: int = 16
@@ -71,6 +75,12 @@ class Recipe:
     def batch(self, length: int) -> int:
         """Sequences per step."""
         return max(1, min(self.max_batch, self.tokens_per_step // length))
+
+    @property
+    def first_sparse(self) -> int:
+        """Return the index of the first length of twice the budget or more, else the last: others leave little out."""
+        enough = (i for i, length in enumerate(self.lengths) if length >= 2 * self.geometry.tokens)
+        return next(enough, len(self.lengths) - 1)
 
     def question_tokens(self, length: int) -> int:
         """Room for questions at the end of a sequence."""
@@ -88,6 +98,12 @@ TINY = Recipe(
     eval_sequences=4,
     eval_lengths=(192, 512),
 )
+
+
+def geometry_of(block_size: int, tokens: int) -> Geometry:
+    """Return a budget of so many tokens in blocks of this size: windows of half a block, a fifth for importance."""
+    budget = tokens // block_size
+    return Geometry(block_size=block_size, unit=block_size // 4, budget=budget, agnostic=budget // 5)
 
 
 def build_model(recipe: Recipe, seed: int) -> LlamaForCausalLM:
@@ -219,6 +235,12 @@ class Trainer:
 
     def __init__(self, args: argparse.Namespace) -> None:
         self.recipe = TINY if args.tiny else Recipe()
+        if args.block_size is not None:
+            self.recipe = replace(
+                self.recipe, geometry=geometry_of(args.block_size, self.recipe.geometry.tokens)
+            )
+        if args.dense_share is not None:
+            self.recipe = replace(self.recipe, dense_share=args.dense_share)
         if args.align is not None:
             self.recipe = replace(self.recipe, align=args.align)
         if args.lr is not None:
@@ -239,6 +261,9 @@ class Trainer:
         self.out.mkdir(parents=True, exist_ok=True)
         self.stage = self.recipe.lengths.index(args.from_length or self.recipe.lengths[0])
         self.step, self.spent_before = 0, 0.0
+        self.selecting = not self.dense and self.recipe.dense_share == 0
+        if self.selecting:
+            self.stage = max(self.stage, self.recipe.first_sparse)
         self.recent, self.found = 0.0, 0.0
 
     def run(self) -> None:
@@ -267,18 +292,19 @@ class Trainer:
         """
         recipe, r = self.recipe, self.cpu_random
         stage = self.stage
-        if stage and float(torch.rand((), generator=r)) < 0.3:
-            stage = int(torch.randint(0, stage, (), generator=r))
+        first = recipe.first_sparse if self.selecting else 0
+        if stage > first and float(torch.rand((), generator=r)) < 0.3:
+            stage = int(torch.randint(first, stage, (), generator=r))
         length = recipe.lengths[stage]
         layout = draw_layout(length, recipe.question_tokens(length), r)
         ids = make_batch(layout, recipe.batch(length), self.random)
-        sparse = not self.dense and float(torch.rand((), generator=r)) < max(0.1, self.found)
+        sparse = self.selecting and float(torch.rand((), generator=r)) < max(0.1, self.found)
         native = Pass(
             context_tokens=layout.context_tokens,
-            geometry=None if self.dense else recipe.geometry,
+            geometry=recipe.geometry if self.selecting else None,
             sparse=sparse,
             bias=not self.dense,
-            align=not self.dense and recipe.align > 0,
+            align=self.selecting and recipe.align > 0,
         )
         for group in self.optimiser.param_groups:
             group["lr"] = recipe.learning_rate * self._rate(fraction)
@@ -303,17 +329,35 @@ class Trainer:
                 self.found = 0.8 * self.found + 0.2 * right
             else:
                 self.recent = 0.8 * self.recent + 0.2 * right
-        over = fraction - self.spent_before > self.recipe.shares[self.stage]
-        learnt = max(self.recent, self.found) > LEARNT
-        if self.stage + 1 < len(self.recipe.lengths) and (over or learnt):
-            self.stage, self.spent_before, self.recent, self.found = self.stage + 1, fraction, 0.0, 0.0
+        last = self.stage + 1 == len(self.recipe.lengths)
+        learnt = (self.found if self.selecting else self.recent) > LEARNT
+        over = fraction - self.spent_before > self._share()
+        if not (self.dense or self.selecting) and ((learnt and last) or fraction > self.recipe.dense_share):
+            self.selecting = True
+            self._begin(self.recipe.first_sparse, fraction)
+        elif (learnt or over) and not last:
+            self._begin(self.stage + 1, fraction)
+
+    def _begin(self, stage: int, fraction: float) -> None:
+        self.stage, self.spent_before, self.recent, self.found = stage, fraction, 0.0, 0.0
+
+    def _share(self) -> float:
+        """Return the largest share of the whole time for this length in this phase."""
+        recipe = self.recipe
+        if self.dense:
+            return recipe.shares[self.stage]
+        if not self.selecting:
+            return recipe.shares[self.stage] * recipe.dense_share
+        return (
+            (1 - recipe.dense_share) * recipe.shares[self.stage] / sum(recipe.shares[recipe.first_sparse :])
+        )
 
     def log(self, elapsed: float, loss: float, aligned: float, length: int) -> None:
         """One line a few seconds, printed and kept."""
         line = {
             "s": round(elapsed, 1), "step": self.step, "stage": self.recipe.lengths[self.stage], "length": length,
             "loss": round(loss, 4), "align": round(aligned, 4), "right": round(self.recent, 4),
-            "found": round(self.found, 4),
+            "found": round(self.found, 4), "selecting": self.selecting,
             "lr": round(self.optimiser.param_groups[0]["lr"], 6),
         }  # fmt: skip
         if not math.isfinite(loss):
@@ -351,7 +395,7 @@ class Trainer:
         self.model.eval()
         return {
             "trained": "dense" if self.dense else "nosa", "steps": self.step,
-            "budget_tokens": geometry.budget * geometry.block_size,
+            "block_size": geometry.block_size, "budget_tokens": geometry.tokens,
             "accuracy": {mode: evaluate(self.model, self.recipe, *how) for mode, how in modes.items()},
         }  # fmt: skip
 
@@ -391,6 +435,10 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--from-length", type=int, metavar="N", help="length to begin with, for --resume")
     parser.add_argument("--tiny", action="store_true", help="a miniature for a CPU")
+    parser.add_argument("--block-size", type=int, metavar="N", help="tokens of a block, at the same budget")
+    parser.add_argument(
+        "--dense-share", type=float, metavar="F", help="largest share of the time for the task alone"
+    )
     parser.add_argument("--align", type=float, help="weight of the alignment of ranking scores")
     parser.add_argument("--lr", type=float, help="peak learning rate")
     args = parser.parse_args(argv)

@@ -1,6 +1,7 @@
 """Native training: its attention against a row-by-row truth and the runtime's own ops, the recall task, a short run."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -175,26 +176,55 @@ def test_a_head_begins_by_looking_at_the_previous_token():
     assert weights.diagonal(-1).mean() > 0.95
 
 
+def trainer_of(tmp_path, *argv):
+    return train_native.Trainer(train_native.parse(["--tiny", "--out", str(tmp_path), *argv]))
+
+
+def stages_by_the_clock(trainer, right=0.0):
+    """Return (percent of the time, stage, whether selection has joined) at every move."""
+    moves = []
+    for percent in range(101):
+        before = trainer.stage, trainer.selecting
+        trainer._advance(percent / 100, right, trainer.recipe.lengths[trainer.stage], sparse=percent % 2 == 0)
+        if (trainer.stage, trainer.selecting) != before:
+            moves.append((percent, trainer.stage, trainer.selecting))
+    return moves
+
+
 def test_no_length_outlasts_its_share_of_the_time(tmp_path):
     """Nothing is ever learnt, in dense steps or sparse ones: the clock alone moves on, at the end of every share."""
-    trainer = train_native.Trainer(train_native.parse(["--tiny", "--out", str(tmp_path)]))
-    shares, moved = trainer.recipe.shares, []
-    for percent in range(101):
-        stage = trainer.stage
-        trainer._advance(percent / 100, 0.0, trainer.recipe.lengths[0], sparse=percent % 2 == 0)
-        if trainer.stage > stage:
-            moved.append(percent / 100)
-    assert moved == pytest.approx([shares[0], shares[0] + shares[1]], abs=0.03)
+    assert stages_by_the_clock(trainer_of(tmp_path, "--dense")) == [(41, 1, False), (62, 2, False)]
+
+
+def test_selection_joins_at_the_end_of_the_dense_share(tmp_path):
+    """Lengths of less than twice the budget (128 tokens here) are left to the dense phase."""
+    moves = stages_by_the_clock(trainer_of(tmp_path, "--dense-share", "0.5"))
+    assert moves == [(21, 1, False), (32, 2, False), (51, 2, True)]
+
+
+def test_selection_joins_early_where_the_task_is_learnt(tmp_path):
+    trainer = trainer_of(tmp_path)
+    for _ in range(75):
+        trainer._advance(0.0, 1.0, trainer.recipe.lengths[trainer.stage], sparse=False)
+    assert trainer.selecting
 
 
 @pytest.mark.parametrize("sparse", [False, True])
 def test_a_length_that_is_learnt_makes_room_for_the_next(tmp_path, sparse):
-    trainer = train_native.Trainer(train_native.parse(["--tiny", "--out", str(tmp_path)]))
+    """Only sparse steps tell what is learnt once selection has joined."""
+    trainer = trainer_of(tmp_path)
+    trainer.recipe, trainer.stage, trainer.selecting = replace(trainer.recipe, geometry=SMALL), 1, sparse
+    assert trainer.recipe.first_sparse == 1
     for _ in range(25):
-        trainer._advance(0.0, 1.0, trainer.recipe.lengths[0], sparse)
-    assert trainer.stage == 1 and trainer.recent == trainer.found == 0
-    late = train_native.parse(["--tiny", "--from-length", "512", "--out", str(tmp_path)])
-    assert train_native.Trainer(late).stage == 2
+        trainer._advance(0.0, 1.0, trainer.recipe.lengths[1], sparse)
+    assert trainer.stage == 2 and trainer.recent == trainer.found == 0
+    assert trainer_of(tmp_path, "--from-length", "512").stage == 2
+
+
+def test_a_block_size_keeps_the_budget():
+    geometry = train_native.geometry_of(16, 512)
+    assert (geometry.budget, geometry.unit, geometry.agnostic, geometry.query) == (32, 4, 6, 23)
+    assert geometry.tokens == Geometry().tokens == 512
 
 
 def test_a_tiny_run_lowers_the_loss_and_leaves_a_loadable_model(tmp_path, capsys):
