@@ -8,7 +8,8 @@ or its share of the time is over; the learning rate is constant, then falls to z
 learns the task densely first; then selection joins, beginning with the length at which it leaves something out.
 
 The folder gets the model (bfloat16, loadable by transformers), `heads.safetensors` (the learned heads), `weights.pt`
-(fp32, for --resume), `log.jsonl`, and at the end `results.json`: exactly answered questions by task, length and attention.
+(fp32, for --resume), `log.jsonl`, and at the end `results.json`: exactly answered questions by task, length and
+attention.
 """
 
 import argparse

@@ -10,7 +10,7 @@ from csrc_free_kernels.gpu.attend import LN2, LOG2E, cap_logits, store_part
 
 TILE_BYTES = 8192  # of mean keys, and of mean values, worked on at once: 32 at D = 128 in 16 bits
 TILE_IDS = 32  # selected ids compared with a tile at a time
-NUM_WARPS = 4
+NUM_WARPS = 4  # twice as many for fp32, whose products take no matrix instructions but registers
 
 
 # Whether each block of o_n is among p_selected [S]; compared in tiles, as registers cannot hold all pairs.
@@ -118,5 +118,5 @@ def attend_centroids(
         BLOCK_G=max(16, triton.next_power_of_2(group)), BLOCK_D=block_d,
         BLOCK_U=max(16, TILE_BYTES // (block_d * q.element_size())), IDS=TILE_IDS,
         HAS_CAP=soft_cap is not None, UPCAST_DOT=q.device.type == "cpu",
-        num_warps=NUM_WARPS, num_stages=2,
+        num_warps=NUM_WARPS * (2 if q.element_size() == 4 else 1), num_stages=2,
     )  # fmt: skip

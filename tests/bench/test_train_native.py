@@ -240,7 +240,7 @@ def test_a_tiny_run_lowers_the_loss_and_leaves_a_loadable_model(tmp_path, capsys
     model, tokenizer = AutoModelForCausalLM.from_pretrained(tmp_path), AutoTokenizer.from_pretrained(tmp_path)
     own = trainer.model.state_dict()
     for name, tensor in model.state_dict().items():
-        torch.testing.assert_close(tensor.float(), own[name], rtol=1e-2, atol=1e-6)
+        torch.testing.assert_close(tensor.float(), own[name].cpu(), rtol=1e-2, atol=1e-6)
     assert tokenizer("[ n1 v2 ]")["input_ids"] == [2, recall.NAME0 + 1, recall.VALUE0 + 2, 3]
     heads = read_heads(tmp_path / "heads.safetensors")
     assert heads.info is not None and (heads.info.method, heads.info.num_layers) == ("nosa", 2)

@@ -233,5 +233,7 @@ def test_an_illegal_access_in_a_replay_is_an_engine_error():
     )
     assert done.returncode == 0, done.stderr[-3000:]
     message, states = done.stdout.splitlines()[-2:]
-    assert "illegal memory access" in message and "'r40', 'r50'" in message
+    assert (
+        "CUDA error" in message and "'r40', 'r50'" in message
+    )  # what kind depends on where the address points
     assert message.endswith("restart the process") and states == str(["failed"] * 3)

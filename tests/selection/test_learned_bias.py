@@ -12,6 +12,7 @@ from rheo_offload.selection.policy import make_policy, make_selector
 from rheo_offload.types import AttentionCall
 from tests.helpers.homes import DEVICE
 from tests.helpers.tiny_model import tiny_model
+from tests.helpers.tolerance import assert_close
 from tests.model.test_families import batch, drop_before_every_step
 from tests.test_end_to_end import greedy, prompt, sparse_config
 
@@ -276,7 +277,7 @@ def stock_with_bias(model, heads, convention):
         keys, values = (x.repeat_interleave(query.shape[1] // key.shape[1], 1) for x in (key, value))
         logits = query @ keys.transpose(2, 3)
         logits = (logits + bias) * scaling if convention == "scaled" else logits * scaling + bias
-        weights = torch.softmax(logits + attention_mask, -1, dtype=torch.float32)
+        weights = torch.softmax((logits + attention_mask).to(values.dtype), -1)
         return (weights @ values).transpose(1, 2).contiguous(), None
 
     AttentionInterface.register("stock_with_bias", attention)
@@ -306,9 +307,13 @@ def test_full_budget_equals_the_stock_model_with_the_bias(weights, method, conve
     stats = model.rheo.stats()
     assert stats.miss_blocks > 0 and stats.captured_mass_mean == pytest.approx(1.0, abs=1e-5)
     with torch.no_grad():  # without a cache too
-        torch.testing.assert_close(
-            model(ids[:1], use_cache=False).logits, plain(ids[:1], use_cache=False).logits
+        got, same = (m(ids[:1], use_cache=False).logits for m in (model, plain))
+        stock_with_bias(
+            plain.double(),
+            {i: h.to(torch.device(DEVICE), torch.float64) for i, h in heads.items()},
+            convention,
         )
+        assert_close(got, plain(ids[:1], use_cache=False).logits, same, torch.float32)
     restore(model)
     assert torch.equal(greedy(model, ids, attention_mask=mask), without), "after restore"
 
