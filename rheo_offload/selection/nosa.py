@@ -15,7 +15,7 @@ from typing import Any, ClassVar
 import torch
 
 from rheo_offload.selection.base import Normalise, ScoreKind, SummaryKind
-from rheo_offload.selection.infllm_v2 import WINDOW_STRIDE
+from rheo_offload.selection.infllm_v2 import WINDOW_STRIDE, check_stride, strides_of
 from rheo_offload.selection.learned_bias import LearnedBias, parts_that_exist
 
 
@@ -30,9 +30,16 @@ class NOSA(LearnedBias):
     score_kind: ClassVar[ScoreKind] = "windows"
     pooling = "windows"
 
+    window_stride: int = WINDOW_STRIDE
+    """Tokens between two windows, a power of two, 4 to 64; a window is twice as long."""
+
+    def __post_init__(self) -> None:
+        LearnedBias.__post_init__(self)
+        check_stride(self.window_stride)
+
     def summary_width(self, block_size: int) -> int:
         """Return the sub-means per block: one per stride."""
-        return max(1, block_size // WINDOW_STRIDE)
+        return strides_of(block_size, self.window_stride)
 
     def bias_units(self, block_size: int) -> int:
         """Return as many parts as the keys have sub-means."""

@@ -10,26 +10,21 @@ key is the mean, and of keys after the rotary embedding (NSA compresses before i
 of NSA's layer (compressed, selected, window, each with its gate) are the model's own; this is the choice of blocks.
 """
 
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
 
-from rheo_offload.selection.base import Normalise, ScoreKind, SummaryKind
-from rheo_offload.selection.infllm_v2 import WINDOW_STRIDE
+from rheo_offload.selection.base import ScoreKind
+from rheo_offload.selection.infllm_v2 import InfLLMV2
 
 
-class NSASelect:
+@dataclass(frozen=True, slots=True, kw_only=True)
+class NSASelect(InfLLMV2):
     """See the module."""
 
     name: ClassVar[str] = "nsa_select"
-    summary_kind: ClassVar[SummaryKind] = "mean"
-    normalise: ClassVar[Normalise] = "sum"
-    query_aware: ClassVar[bool] = True
     score_kind: ClassVar[ScoreKind] = "given"
-
-    def summary_width(self, block_size: int) -> int:
-        """Return the sub-means per block: one per stride."""
-        return max(1, block_size // WINDOW_STRIDE)
 
     def score(
         self, ops: Any, q: torch.Tensor, *tensors: torch.Tensor | None, softmax_scale: float, block_size: int

@@ -37,6 +37,8 @@ PUBLISHED = {  # block size, budget, sink, recent, share, method
         ("quest", {"page_size": 24}, "selection.params.page_size must be block, or a power of two"),
         ("quest", {"page_size": 2}, "power of two, 4 to cache.block_size (32), not 2"),
         ("lserve", {"page_size": 64}, "power of two, 4 to cache.block_size (32), not 64"),
+        ("infllm_v2", {"window_stride": 24}, "window_stride must be a power of two, 4 to 64, not 24"),
+        ("nosa", {"window_stride": 2}, "window_stride must be a power of two, 4 to 64, not 2"),
         ("moba", {"group_by": "sum"}, "selection.params.group_by must be one of max, mean, not 'sum'"),
         ("arkvale", {"digest": "sphere"}, "digest must be one of cuboid-mean, cuboid-max, centroid"),
         (
@@ -65,6 +67,9 @@ def test_a_bad_parameter_is_refused_by_name(method, params, message):
         ("arkvale", {}, 2),
         ("arkvale", {"digest": "centroid"}, 1),
         ("infllm_v2", {}, 4),
+        ("infllm_v2", {"window_stride": 8}, 8),
+        ("nsa_select", {"window_stride": 64}, 1),
+        ("nosa", {"window_stride": 8}, 8),
         ("hisa", {}, 1),
         ("hisa", {"scorer": "lserve"}, 8),
         ("token_select", {"tokens": 3}, 1),
