@@ -20,7 +20,7 @@ from rheo_offload.config import RheoConfig
 GATE_ROWS = 3
 TRACES = Path(__file__).parent / "traces"
 COMMON = ("cache.device_memory=floor", "audit.every=0")
-FULL_OVERRIDES = ("selection.token_budget=4096", "cache.capacity_ratio=1.5")
+FULL_OVERRIDES = ("cache.block_size=64", "selection.token_budget=4096", "cache.capacity_ratio=1.5")
 
 
 def add_parser(suites: Any, common: argparse.ArgumentParser, run: Callable[..., int]) -> None:

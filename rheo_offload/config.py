@@ -30,7 +30,7 @@ LONG_CONTEXT_TOKENS = 32 * 1024
 class CacheConfig:
     """Where the KV blocks live."""
 
-    block_size: int = 64
+    block_size: int = 32
     """Tokens in one KV block; a power of two, 16 to 256."""
     device_memory: int | str = "auto"
     """Device pool: `auto` (grow to fill the free GPU memory), `floor` (exactly capacity_ratio x budget), or a

@@ -19,7 +19,7 @@ KEYS = [f"{name}.{f.name}" for name, group in GROUPS.items() for f in dataclasse
 def test_defaults_are_the_documented_ones():
     config = RheoConfig()
     assert (config.cache.block_size, config.cache.device_memory, config.cache.capacity_ratio) == (
-        64,
+        32,
         "auto",
         1.5,
     )
@@ -105,12 +105,12 @@ def test_constructors_check_like_the_loader():
 )
 def test_a_budget_below_the_forced_blocks_is_refused_and_the_next_one_up_is_taken(values: dict, needed: int):
     with pytest.raises(ConfigError, match=f"selection.token_budget .* at least {needed}"):
-        RheoConfig.from_dict({"selection": values})
-    RheoConfig.from_dict({"selection": values | {"token_budget": needed}})
+        RheoConfig.from_dict({"cache": {"block_size": 64}, "selection": values})
+    RheoConfig.from_dict({"cache": {"block_size": 64}, "selection": values | {"token_budget": needed}})
 
 
 def test_an_auto_budget_below_the_forced_blocks_is_refused_when_resolved():
-    config = RheoConfig(selection=SelectionConfig(sink_blocks=40))
+    config = RheoConfig(selection=SelectionConfig(sink_blocks=80))
     with pytest.raises(ConfigError, match="selection.token_budget of 2048"):
         resolve_auto(config, context_len_tokens=1000, device_type="cpu")
 
@@ -199,9 +199,9 @@ def test_what_is_no_size_is_refused(text: int | str):
 @pytest.mark.parametrize(
     ("context", "device", "expected"),
     [
-        (32 * 1024 - 1, "cuda", ("auto", 2048, 8, "triton")),
-        (32 * 1024, "cuda", ("auto", 4096, 16, "triton")),
-        (1, "cpu", ("floor", 2048, 8, "numba")),
+        (32 * 1024 - 1, "cuda", ("auto", 2048, 16, "triton")),
+        (32 * 1024, "cuda", ("auto", 4096, 32, "triton")),
+        (1, "cpu", ("floor", 2048, 16, "numba")),
     ],
 )
 def test_auto_is_resolved_into_a_new_config_and_logged(context, device, expected, caplog):

@@ -115,7 +115,7 @@ def test_floor_of_a_step_counts_what_is_read():
     config = resolve_auto(config, context_len_tokens=16384, device_type="cuda")
     sparse = step_cost(model, config, rows=4, context_len_tokens=16384)
     assert sparse.kv_bytes == 4 * (31 * 4096 + 16384) * token_bytes // 32
-    assert sparse.summary_bytes == 4 * 31 * (16384 // 64) * 8 * 128 * 2
+    assert sparse.summary_bytes == 4 * 31 * (16384 // 32) * 8 * 128 * 2
     assert sparse.floor_bytes == dense.weight_bytes + sparse.kv_bytes + sparse.summary_bytes
 
 

@@ -33,7 +33,8 @@ def config_json(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def plan(capsys, config: Path, *argv: object) -> tuple[int, dict]:
-    code = main(["plan", "--model", str(config), "--json", "--dtype", "bfloat16", *map(str, argv)])
+    size = "cache.block_size=64"  # the sums below are of such blocks
+    code = main(["plan", "--model", str(config), "--json", "--dtype", "bfloat16", *map(str, argv), size])
     return code, json.loads(capsys.readouterr().out)
 
 
