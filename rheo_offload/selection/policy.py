@@ -89,7 +89,7 @@ def mean_values(selector: Selector, remainder: str, *, block_size: int) -> int:
 
 
 def check_heat(selector: Selector, heat_from: str) -> None:
-    """Refuse heat from attention for a method that has no use for heat, or does not attend to whole blocks.
+    """Refuse heat from attention for a method that has no use for heat, a rule of its own, or single tokens instead of blocks.
 
     Raises:
         ConfigError: why not.
@@ -98,6 +98,11 @@ def check_heat(selector: Selector, heat_from: str) -> None:
         raise ConfigError(
             f"selection.heat_from: method {selector.name!r} attends to single tokens, which say nothing of a block; "
             "use scores"
+        )
+    if heat_from == "attention" and isinstance(selector, HeatRanked):
+        raise ConfigError(
+            f"selection.heat_from: method {selector.name!r} takes its heat from attention by a rule of its own; use "
+            "scores"
         )
     fixed = getattr(selector, "ragged", False) and selector.normalise == "none"
     if heat_from == "attention" and (fixed or not selector.query_aware or isinstance(selector, LearnedBias)):
