@@ -262,6 +262,12 @@ class RheoConfig:
         for name, group in GROUPS.items():
             value = getattr(self, name)
             require(isinstance(value, group), name, f"a {group.__name__}", value)
+        if self.audit.raise_below and self.selection.budget != "fixed":
+            raise ConfigError(
+                "audit.raise_below raises how many blocks a layer may take, and selection.budget "
+                f"{self.selection.budget!r} decides how many it takes: it could stay below for good; set "
+                "audit.raise_below=0, or selection.budget=fixed"
+            )
         if self.selection.token_budget != "auto":
             recent = 1 if self.selection.recent_blocks == "auto" else self.selection.recent_blocks
             _require_budget(self, self.selection.token_budget // self.cache.block_size, recent)

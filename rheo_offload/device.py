@@ -1,16 +1,7 @@
 """Streams, events, pinned buffers and free memory: the one place that differs between CUDA and the CPU.
 
 On the CPU work runs at once and in order, so its streams and events are stand-ins whose waits do nothing.
-Callers write the CUDA version once:
-
-    side, done = stream(device), event(device)
-    wait(side, current_stream(device))      # fork
-    with on_stream(side):
-        ...
-        done.record(side)
-    wait(current_stream(device), done)      # join
-
-This is legal while a CUDA graph is being captured: forks and joins are events, and nothing blocks the host.
+Callers write the CUDA version once.
 """
 
 import time
@@ -51,12 +42,6 @@ class CpuEvent:
 
 class CpuStream:
     """Stand-in for `torch.cuda.Stream`: work on it runs at once, in the order of the program."""
-
-    def wait_stream(self, stream: "Stream") -> None:
-        """Do nothing: earlier CPU work has already run."""
-
-    def wait_event(self, event: "Event") -> None:
-        """Do nothing: earlier CPU work has already run."""
 
     def record_event(self, event: "CpuEvent | None" = None) -> CpuEvent:
         event = event or CpuEvent()
@@ -114,19 +99,6 @@ def event(device: torch.device | str, *, timing: bool = False) -> Event:
 def on_stream(stream: Stream) -> AbstractContextManager[object]:
     """Queue the work of the `with` body on `stream`."""
     return nullcontext() if isinstance(stream, CpuStream) else torch.cuda.stream(stream)
-
-
-def wait(waiter: Stream, target: "Stream | Event") -> None:
-    """Make later work on `waiter` start after `target`: an event, or all that a stream has been given so far.
-
-    The host does not block. Without CUDA nothing is outstanding and nothing happens.
-    """
-    if isinstance(waiter, CpuStream):
-        return
-    if isinstance(target, torch.cuda.Event):
-        waiter.wait_event(target)
-    elif isinstance(target, torch.cuda.Stream):
-        waiter.wait_stream(target)
 
 
 def synchronize(device: torch.device | str) -> None:

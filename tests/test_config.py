@@ -11,6 +11,8 @@ import yaml
 from rheo_offload.config import GROUPS, CacheConfig, RheoConfig, SelectionConfig, packaged_names, resolve_auto
 from rheo_offload.config_checks import parse_bytes
 from rheo_offload.errors import ConfigError
+from rheo_offload.eval.suite import PACKAGED_AS
+from rheo_offload.selection.policy import METHODS, make_policy, make_selector
 
 ROOT = Path(__file__).parents[1]
 KEYS = [f"{name}.{f.name}" for name, group in GROUPS.items() for f in dataclasses.fields(group)]
@@ -260,11 +262,32 @@ def test_a_packaged_file_says_what_it_is_for_and_comments_every_key(name: str):
 def test_the_packaged_set_is_complete_and_the_default_is_the_default():
     names = [
         "arkvale", "default", "dense", "dma", "duo", "h2o", "hisa", "infllm_v2", "lserve", "mass", "moa", "moba",
-        "nosa", "power", "quest", "snapkv", "ssa", "streaming", "token_select", "tova",
+        "nosa", "nsa_select", "power", "quest", "seer_r", "snapkv", "ssa", "streaming", "token_select", "tova",
     ]  # fmt: skip
     assert packaged_names() == names
     assert RheoConfig.from_yaml("default") == RheoConfig()
     assert RheoConfig.from_yaml("dense").selection.method == "full"
+
+
+@pytest.mark.parametrize("method", sorted(METHODS))
+def test_every_method_has_a_packaged_file_that_names_it(method: str):
+    config = RheoConfig.from_yaml(PACKAGED_AS.get(method, method))
+    assert config.selection.method == method
+    selector = make_selector(method, config.selection.params, block_size=config.cache.block_size)
+    plain = resolve_auto(config, context_len_tokens=4096, device_type="cpu").selection
+    make_policy(
+        selector=selector, block_budget=plain.token_budget // config.cache.block_size,
+        sink_blocks=plain.sink_blocks, recent_blocks=plain.recent_blocks,
+        query_agnostic_share=plain.query_agnostic_share, heat_decay=plain.heat_decay,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(("budget", "limit"), [("threshold", 0.01), ("mass", 0.9), ("margin", 4.0)])
+def test_a_rule_of_the_budget_leaves_nothing_to_raise(budget: str, limit: float):
+    selection = {"budget": budget, "budget_limit": limit}
+    with pytest.raises(ConfigError, match="raise_below.*set audit.raise_below=0, or selection.budget=fixed"):
+        RheoConfig.from_dict({"selection": selection, "audit": {"raise_below": 0.9}})
+    RheoConfig.from_dict({"selection": selection})
 
 
 def test_yaml_reads_off_as_a_truth_value_and_we_read_it_back():

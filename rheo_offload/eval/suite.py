@@ -14,6 +14,7 @@ from typing import Any
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from rheo_offload.config import RheoConfig, packaged_names
+from rheo_offload.config_checks import require
 from rheo_offload.errors import RheoError
 from rheo_offload.eval.json_records import JsonRecords
 from rheo_offload.eval.kl import Divergence
@@ -24,8 +25,8 @@ from rheo_offload.eval.perplexity import Perplexity
 from rheo_offload.eval.prompts import Source
 from rheo_offload.eval.ruler import Ruler
 from rheo_offload.eval.task import Case, Finding, Job, Question, Settings, Task
-from rheo_offload.model.offload import offload, restore
-from rheo_offload.selection.policy import METHODS, make_selector
+from rheo_offload.model.offload import check_config, offload, restore
+from rheo_offload.selection.policy import METHODS, check_files, make_selector
 
 __all__ = ["DENSE", "TASKS", "Evaluation", "Setup", "check_lengths", "nearest", "setups_of", "tasks_of"]
 
@@ -83,7 +84,8 @@ def setups_of(methods: Sequence[str], budgets: Sequence[int], overrides: Sequenc
 
     Raises:
         RheoError: an unknown method, a label twice, or an override for a label that is not there.
-        ConfigError: a configuration that is refused, for example a budget below the forced blocks.
+        ConfigError: a configuration that is refused, for example a budget below the forced blocks, or a method's file
+            that is not there.
     """
     sources = {}
     for entry in methods:
@@ -126,12 +128,14 @@ def _source_of(name: str) -> str:
 
 
 def _configured(source: str, overrides: Sequence[str]) -> RheoConfig:
-    named = source in packaged_names() or source not in METHODS
-    config = RheoConfig.from_yaml(source) if named else RheoConfig()
-    own = [] if named else [f"selection.method={source}"]
-    config = config.with_overrides([*own, *overrides])
+    config = RheoConfig.from_yaml(source).with_overrides(overrides)
     selection = config.selection
-    make_selector(selection.method, selection.params, block_size=config.cache.block_size)
+    check_files(make_selector(selection.method, selection.params, block_size=config.cache.block_size))
+    plan = selection.reuse_layers
+    if isinstance(plan, str):
+        require(
+            Path(plan).is_file(), "selection.reuse_layers", "pairs of layers, or a file that exists", plan
+        )
     return config
 
 
@@ -208,10 +212,12 @@ class Evaluation:
             progress: called with (tokens done, in all) within a case.
 
         Raises:
-            RheoError: a prompt cannot be built; nothing has run then.
+            RheoError: a prompt cannot be built, or a configuration does not fit the model; nothing has run then.
         """
-        source = Source(tokenizer, paragraphs)
         missing = self.missing(log)
+        for config in {id(s): s.config for _, _, s in missing if s.config is not None}.values():
+            check_config(model, config)
+        source = Source(tokenizer, paragraphs)
         jobs = {(case.task, case.name): self._job(task, case, source) for task, case, _ in missing}
         checked = False
         for task in self.tasks:

@@ -400,6 +400,15 @@ def offload(
     return model
 
 
+def check_config(model: PreTrainedModel, config: RheoConfig) -> None:
+    """Refuse what `offload` would refuse of a configuration for this model, its files included; changes nothing.
+
+    Raises:
+        ConfigError, HeadsError: as `offload`.
+    """
+    RheoHandle(model, config, "")
+
+
 def restore(model: PreTrainedModel) -> PreTrainedModel:
     """Undo `offload`: attention and `generate` as before, host and device memory released. Does nothing twice."""
     handle = model.__dict__.pop("rheo", None)

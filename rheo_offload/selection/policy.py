@@ -3,13 +3,15 @@
 import dataclasses
 import difflib
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
+from rheo_offload.config_checks import require
 from rheo_offload.errors import ConfigError
 from rheo_offload.selection.arkvale import ArkVale
 from rheo_offload.selection.base import LayerSelectors, Selector, method_of
 from rheo_offload.selection.dma import DMA
-from rheo_offload.selection.duo import Duo
+from rheo_offload.selection.duo import Duo, read_alphas
 from rheo_offload.selection.full import Full
 from rheo_offload.selection.heat_ranked import H2O, TOVA, HeatRanked, SnapKV
 from rheo_offload.selection.infllm_v2 import InfLLMV2
@@ -89,7 +91,7 @@ def mean_values(selector: Selector, remainder: str, *, block_size: int) -> int:
 
 
 def check_heat(selector: Selector, heat_from: str) -> None:
-    """Refuse heat from attention for a method that has no use for heat, or does not attend to whole blocks.
+    """Refuse heat from attention for a method that has no use for it, a rule of its own, or attends to tokens.
 
     Raises:
         ConfigError: why not.
@@ -99,11 +101,34 @@ def check_heat(selector: Selector, heat_from: str) -> None:
             f"selection.heat_from: method {selector.name!r} attends to single tokens, which say nothing of a block; "
             "use scores"
         )
+    if heat_from == "attention" and isinstance(selector, HeatRanked):
+        raise ConfigError(
+            f"selection.heat_from: method {selector.name!r} takes its heat from attention by a rule of its own; use "
+            "scores"
+        )
     fixed = getattr(selector, "ragged", False) and selector.normalise == "none"
     if heat_from == "attention" and (fixed or not selector.query_aware or isinstance(selector, LearnedBias)):
         raise ConfigError(
             f"selection.heat_from: method {selector.name!r} keeps no heat that attention could feed; use scores"
         )
+
+
+def check_files(selector: Selector) -> None:
+    """Refuse a method whose own file is missing or unreadable, before there is a model to hold it against.
+
+    Raises:
+        ConfigError: which parameter, and what it must be.
+    """
+    if isinstance(selector, Duo):
+        read_alphas(selector.heads)
+    elif isinstance(selector, MoA):
+        selector.read_plan()
+    elif isinstance(selector, SeerR):
+        allowed = "a safetensors file with the gates of the model (docs/learned.md)"
+        require(selector.weights is not None, "selection.params.weights", allowed, selector.weights)
+    elif isinstance(selector, LearnedBias):  # without a file the model may have them
+        exists = selector.weights is None or Path(selector.weights).exists()
+        require(exists, "selection.params.weights", "a file or directory that exists", selector.weights)
 
 
 def check_budget(selector: Selector | LayerSelectors, budget: str, query_agnostic_share: float) -> None:

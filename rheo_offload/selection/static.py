@@ -95,18 +95,7 @@ class MoA(Pattern):
         Raises:
             ConfigError: no file, not a plan, or one for a model of another shape.
         """
-        require(self.plan != "", "selection.params.plan", "the JSON file of a MoA plan", self.plan)
-        try:
-            held = json.loads(Path(self.plan).read_text(encoding="utf-8"))
-            alphas, betas = (torch.tensor(held[key], dtype=torch.float32) for key in ("alphas", "betas"))
-        except OSError as error:
-            raise ConfigError(
-                f"selection.params.plan: cannot read {self.plan!r}: {error.strerror}"
-            ) from error
-        except (ValueError, TypeError, KeyError) as error:
-            raise ConfigError(
-                f"selection.params.plan: {self.plan!r} holds no alphas and betas, numbers of [layers][heads]"
-            ) from error
+        alphas, betas = self.read_plan()
         heads = {n for s in specs for n in (s.num_kv_heads, s.num_q_heads)}
         same = len({(s.num_kv_heads, s.num_q_heads) for s in specs}) == 1
         fits = same and alphas.ndim == 2 and alphas.shape[0] == len(specs) and alphas.shape[1] in heads
@@ -123,6 +112,26 @@ class MoA(Pattern):
             for s in specs
         }
         return LayerSelectors(self, layers)
+
+    def read_plan(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return alphas and betas of the plan, fp32 [layers, heads] each.
+
+        Raises:
+            ConfigError: no file, or not a plan.
+        """
+        require(self.plan != "", "selection.params.plan", "the JSON file of a MoA plan", self.plan)
+        try:
+            held = json.loads(Path(self.plan).read_text(encoding="utf-8"))
+            alphas, betas = (torch.tensor(held[key], dtype=torch.float32) for key in ("alphas", "betas"))
+        except OSError as error:
+            raise ConfigError(
+                f"selection.params.plan: cannot read {self.plan!r}: {error.strerror}"
+            ) from error
+        except (ValueError, TypeError, KeyError) as error:
+            raise ConfigError(
+                f"selection.params.plan: {self.plan!r} holds no alphas and betas, numbers of [layers][heads]"
+            ) from error
+        return alphas, betas
 
 
 class Windows(Pattern):

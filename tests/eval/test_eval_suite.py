@@ -14,7 +14,8 @@ from rheo_offload.errors import ConfigError, RheoError
 from rheo_offload.eval.log import EvalLog, Row
 from rheo_offload.eval.plots import write_plots
 from rheo_offload.eval.report import PARTS, TITLES, method_table
-from rheo_offload.eval.suite import TASKS, setups_of, tasks_of, why_invalid
+from rheo_offload.eval.suite import TASKS, Evaluation, setups_of, tasks_of, why_invalid
+from rheo_offload.selection.policy import METHODS
 
 SMALL = [
     "--device",
@@ -174,6 +175,25 @@ def test_another_evaluation_is_not_continued(finished, model_dir, capsys, more, 
         (["selection.params={'x':1}"], "selection.params"),
         (["cache.block_sze=16"], "did you mean 'cache.block_size'?"),
         (["--text", "nowhere.txt"], "cannot read 'nowhere.txt'"),
+        (["--methods", "nowhere.yaml"], "cannot read config 'nowhere.yaml'"),
+        (["--methods", "mean_key,seer_r"], "selection.params.weights must be a safetensors file"),
+        (
+            ["--methods", "seer_r", "selection.params.weights=no.st"],
+            "selection.params.weights must be a file",
+        ),
+        (["--methods", "nosa", "selection.params.weights=no.st"], "selection.params.weights must be a file"),
+        (
+            ["--methods", "duo", "selection.params.heads=no.tsv"],
+            "selection.params.heads: cannot read 'no.tsv'",
+        ),
+        (
+            ["--methods", "moa", "selection.params.plan=no.json"],
+            "selection.params.plan: cannot read 'no.json'",
+        ),
+        (
+            ["selection.reuse_layers=no.json"],
+            "selection.reuse_layers must be pairs of layers, or a file that exists",
+        ),
     ],
 )
 def test_bad_input_is_refused_before_the_weights(model_dir, tmp_path, capsys, monkeypatch, more, message):
@@ -205,9 +225,24 @@ def test_methods_by_label_and_file(tmp_path):
         setups_of(["dense=quest"], [1024])
 
 
-def test_methods_without_a_packaged_file_have_the_defaults():
-    for setup in setups_of(["nsa_select", "seer_r"], [1024])[1:]:
-        assert setup.config is not None and setup.config.selection.method == setup.method
+def test_files_of_another_model_are_refused_before_the_dense_rows(model_dir, tmp_path, capsys, monkeypatch):
+    """What only the model can tell: a plan of the wrong shape, named last, and nothing has been asked yet."""
+    plan = tmp_path / "plan.json"
+    plan.write_text('{"alphas": [[1.0]], "betas": [[0.0]]}')
+    monkeypatch.setattr(Evaluation, "_dense", lambda *a: pytest.fail("the stock model was asked"))
+    more = ["--methods", "mean_key,moa", f"moa:selection.params.plan={plan}", "--tasks", "needle"]
+    assert evaluate(model_dir, tmp_path / "out", *more) == 2
+    assert "selection.params.plan" in capsys.readouterr().err
+
+
+def test_every_method_is_taken_by_its_own_name():
+    files = ("seer_r", "duo", "moa")  # refused without theirs
+    names = [name for name in METHODS if name not in files]
+    methods = {s.method: s.config.selection.method for s in setups_of(names, [4096 * 4])[1:]}
+    assert methods == {name: name for name in names}
+    for name in files:
+        with pytest.raises(ConfigError, match=r"selection\.params\."):
+            setups_of([name], [1024])
 
 
 def test_dense_is_always_there_and_needs_no_naming():

@@ -221,6 +221,17 @@ def test_methods_without_heat_are_refused(method):
         )
 
 
+@pytest.mark.parametrize("method", EVICTING)
+def test_methods_with_a_rule_of_their_own_are_refused(method):
+    with pytest.raises(
+        ConfigError, match=f"heat_from: method '{method}' takes its heat from attention by a rule"
+    ):
+        offload(
+            tiny_model("llama"),
+            RheoConfig.from_dict({"selection": {"method": method, "heat_from": "attention"}}),
+        )
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("method", ["mean_key", *EVICTING])
 def test_gpu_equals_cpu(method):
