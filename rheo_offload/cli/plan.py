@@ -4,7 +4,6 @@ import argparse
 import json
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,7 +17,7 @@ from rheo_offload.config import RheoConfig, resolve_auto
 from rheo_offload.config_checks import parse_bytes
 from rheo_offload.errors import RheoError, UnsupportedModelError
 from rheo_offload.execution.executor import STAGE_BLOCKS, STAGE_BYTES
-from rheo_offload.model.loader import DTYPES, PACKAGED_MODEL, prepare_packaged_model
+from rheo_offload.model.loader import DTYPES, model_folder
 from rheo_offload.model.offload import DEVICE_RESERVE_BYTES
 from rheo_offload.model.reuse_plan import read_reuse_plan
 from rheo_offload.model.specs import (
@@ -256,8 +255,7 @@ def planner_for(args: argparse.Namespace) -> tuple[Planner, PreTrainedConfig]:
 
 def load_config(model: str) -> PreTrainedConfig:
     """Return the configuration of a directory, a hub id or a config.json."""
-    if model == PACKAGED_MODEL and not Path(model).is_dir():
-        model = str(prepare_packaged_model())
+    model = model_folder(model)
     try:
         return AutoConfig.from_pretrained(model)
     except (OSError, ValueError, KeyError) as error:

@@ -1,4 +1,4 @@
-"""Load a language model and its tokenizer: hub id, directory, GGUF file or the packaged Gemma 3 270M."""
+"""Load a language model and its tokenizer: hub id, directory, GGUF file or one that comes as a package."""
 
 import importlib
 import logging
@@ -13,14 +13,27 @@ import torch
 import transformers
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
+from rheo_offload.config import RheoConfig
 from rheo_offload.errors import RheoError
 from rheo_offload.model.gguf_tokenizer import load_gguf_tokenizer
 
-__all__ = ["PACKAGED_MODEL", "load", "prepare_packaged_model", "resolve_device", "resolve_dtype"]
+__all__ = [
+    "NATIVE_MODEL",
+    "PACKAGED_MODEL",
+    "load",
+    "model_folder",
+    "own_config",
+    "prepare_packaged_model",
+    "resolve_device",
+    "resolve_dtype",
+]
 
 log = logging.getLogger(__name__)
 
 PACKAGED_MODEL = "gemma3-270m"
+NATIVE_MODEL = "native"
+NATIVE_DIR = Path(__file__).parents[1] / "native"
+OWN_CONFIG = "rheo.yaml"
 MODELS_DIR = Path(".models")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -70,7 +83,8 @@ def load(
     """Load a model and its tokenizer, ready for inference, on one device.
 
     Args:
-        model: a directory, a hub id, or `gemma3-270m` (Gemma 3 270M from its Python packages, no network).
+        model: a directory, a hub id, `gemma3-270m` (Gemma 3 270M from its Python packages, no network), or `native`
+            (the small recall model that comes with this package; serve it with `own_config("native")`).
         gguf: name of a GGUF file in the directory `model`.
         dtype: `auto` (bfloat16 on CUDA, float32 on the CPU), `float32`, `bfloat16` or `float16`.
         device: `auto` (CUDA when there is one), `cpu`, `cuda` or `cuda:N`.
@@ -84,11 +98,52 @@ def load(
     """
     target = resolve_device(device)
     torch_dtype = resolve_dtype(dtype, target)
-    if model == PACKAGED_MODEL and not Path(model).is_dir():
-        model = str(prepare_packaged_model(models_dir))
+    model = model_folder(model, models_dir)
     loaded = _load_model(model, gguf, torch_dtype)
     tokenizer = _load_tokenizer(model, gguf)
     return loaded.to(target).eval(), tokenizer
+
+
+def model_folder(model: str, models_dir: Path = MODELS_DIR) -> str:
+    """Turn the name of a model that comes as a package into its directory; others are returned as they are.
+
+    Raises:
+        RheoError: the packages, or the weights of `native`, are not there.
+    """
+    if Path(model).is_dir():
+        return model
+    if model == PACKAGED_MODEL:
+        return str(prepare_packaged_model(models_dir))
+    if model == NATIVE_MODEL:
+        if not NATIVE_DIR.is_dir():
+            raise RheoError(f"the model {NATIVE_MODEL} is not part of this installation; {_NAME_A_MODEL}")
+        return str(NATIVE_DIR)
+    return model
+
+
+def own_config(model: str) -> RheoConfig | None:
+    """Return the configuration that a model's directory brings as `rheo.yaml`; None where it brings none.
+
+    `selection.params.weights` is relative to that directory.
+
+    Args:
+        model: as for `load`; the packaged Gemma is not fetched for it.
+
+    Raises:
+        RheoError: there is no such model, or its configuration is refused.
+    """
+    if model == PACKAGED_MODEL and not Path(model).is_dir():
+        return None
+    folder = Path(model_folder(model))
+    if not (folder / OWN_CONFIG).is_file():
+        return None
+    config = RheoConfig.from_yaml(folder / OWN_CONFIG)
+    weights = config.selection.params.get("weights")
+    if weights is None:
+        return config
+    values = config.to_dict()
+    values["selection"]["params"]["weights"] = str(folder / weights)
+    return RheoConfig.from_dict(values)
 
 
 def prepare_packaged_model(models_dir: Path = MODELS_DIR) -> Path:
