@@ -4,6 +4,7 @@ import argparse
 from collections.abc import Callable
 
 from rheo_offload.config import RheoConfig, packaged_names
+from rheo_offload.model.loader import own_config
 from rheo_offload.selection.policy import check_budget, make_selector
 
 
@@ -11,9 +12,8 @@ def add_config_options(parser: argparse.ArgumentParser) -> None:
     """Add `--config` and the trailing `group.key=value` overrides."""
     parser.add_argument(
         "--config",
-        default="default",
         metavar="FILE",
-        help=f"YAML file, or one of {', '.join(packaged_names())} (default: default)",
+        help=f"YAML file, or one of {', '.join(packaged_names())} (default: the model's own rheo.yaml, or default)",
     )
     parser.add_argument(
         "overrides",
@@ -29,7 +29,8 @@ def config_from(args: argparse.Namespace) -> RheoConfig:
     Raises:
         ConfigError: the file, an override or a parameter of the method is refused.
     """
-    config = RheoConfig.from_yaml(args.config).with_overrides(args.overrides)
+    own = own_config(args.model) if args.config is None and args.model else None
+    config = (own or RheoConfig.from_yaml(args.config or "default")).with_overrides(args.overrides)
     # here already, so that a wrong parameter is refused before any weights are read
     selection, size = config.selection, config.cache.block_size
     selector = make_selector(selection.method, selection.params, block_size=size)

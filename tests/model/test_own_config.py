@@ -4,9 +4,11 @@ import pytest
 import torch
 
 from bench import train_native
-from rheo_offload import offload
+from rheo_offload import RheoConfig, offload
 from rheo_offload.errors import RheoError
+from rheo_offload.eval.recall import ask, draw_layout, make_batch
 from rheo_offload.model import loader
+from tests.helpers.homes import DEVICE
 
 YAML = """
 cache: {block_size: 16, device_memory: floor}
@@ -49,3 +51,50 @@ def test_models_without_one(tmp_path, monkeypatch):
     assert loader.own_config(str(tmp_path)) is None and loader.own_config("gemma3-270m") is None
     with pytest.raises(RheoError, match="not part of this installation"):
         loader.load("native", device="cpu")
+
+
+def right_answers(model, tokens, prompts, seed=7_000_000):
+    """Return which questions of unseen prompts the offloaded model answers exactly."""
+    right = []
+    for i in range(prompts):
+        layout = draw_layout(tokens, 320, torch.Generator().manual_seed(seed + i))
+        ids = make_batch(layout, 1, torch.Generator().manual_seed(seed + i))
+        for question, answer in ask(model, ids, layout):
+            right.append(answer == ids[0, question.start + 1 : question.end + 1].tolist())
+    return right
+
+
+@pytest.mark.parametrize("tokens", [2048, 8192])
+def test_the_packaged_model_recalls_through_the_decode_path(tokens):
+    """512 tokens of up to 8192 attended, blocks evicted and loaded again, questions it has never seen."""
+    model, _ = loader.load("native", dtype="float32", device=DEVICE)
+    config = loader.own_config("native").with_overrides(["cache.device_memory=floor"])
+    offload(model, config)
+    right = right_answers(model, tokens, prompts=2)
+    stats = model.rheo.stats()
+    assert stats.block_budget * config.cache.block_size == 512
+    assert stats.evicted_blocks > 0 and stats.miss_blocks > 0
+    assert len(right) > 30 and sum(right) >= 0.95 * len(right)
+
+
+def test_the_packaged_model_without_its_geometry_does_not():
+    """A budget of what is forced, sink and recent blocks, answers next to nothing: the choice of blocks is what counts."""
+    model, _ = loader.load("native", dtype="float32", device=DEVICE)
+    offload(
+        model,
+        RheoConfig().with_overrides(
+            ["selection.method=streaming", "selection.token_budget=512", "cache.device_memory=floor"]
+        ),
+    )
+    right = right_answers(model, 2048, prompts=1)
+    assert sum(right) < 0.5 * len(right)
+
+
+@pytest.mark.gpu
+def test_the_packaged_model_recalls_8192_tokens_at_the_promised_rate():
+    """Captured steps, 24 prompts: at least 98 % of the answers exact."""
+    model, _ = loader.load("native", dtype="float32", device="cuda")
+    offload(model, loader.own_config("native").with_overrides(["cache.device_memory=floor"]))
+    right = right_answers(model, 8192, prompts=24)
+    assert len(right) > 500 and sum(right) >= 0.98 * len(right), (sum(right), len(right))
+    assert model.rheo.stats().evicted_blocks > 0
