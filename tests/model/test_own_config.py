@@ -78,7 +78,7 @@ def test_the_packaged_model_recalls_through_the_decode_path(tokens):
 
 
 def test_the_packaged_model_without_its_geometry_does_not():
-    """A budget of what is forced, sink and recent blocks, answers next to nothing: the choice of blocks is what counts."""
+    """Sink and recent blocks alone answer next to nothing: the choice of blocks is what counts."""
     model, _ = loader.load("native", dtype="float32", device=DEVICE)
     offload(
         model,
