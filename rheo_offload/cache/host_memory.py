@@ -68,6 +68,7 @@ class HostRange:
         self._usable_bytes = 0
         self._registered: list[int] = []
         self._cudart = torch.cuda.cudart() if pin else None
+        _free_stuck()
         mapping = _reserve(self.max_bytes, pin=pin, huge_pages=huge_pages)
         self._bytes = np.frombuffer(mapping, dtype=np.uint8)
         self._tensor: Tensor | None = torch.from_numpy(self._bytes)
@@ -189,18 +190,46 @@ def _reserve(nbytes: int, *, pin: bool, huge_pages: bool) -> mmap.mmap:
     return mapping
 
 
+_stuck: list[tuple[mmap.mmap, list[int], Any]] = []
+"""Mappings that could not be unregistered yet. Kept, as CUDA would refuse to register their addresses again."""
+
+
 def _free(mapping: mmap.mmap, registered: list[int], cudart: Any) -> None:
-    """Unregister and drop the pages now; the mapping itself lives until the last view of it is gone."""
+    """Unregister and drop the pages now; the mapping itself lives until the last view of it is gone.
+
+    The garbage collector may come here while a graph is captured, which no call to CUDA may disturb, and CUDA may
+    refuse: the mapping is then kept, and its turn comes with the next range that is made.
+    """
+    if registered and _is_capturing():
+        _stuck.append((mapping, registered, cudart))
+        return
     if registered:
         with suppress(RuntimeError):  # the context may be broken or already gone at exit
             for device in range(torch.cuda.device_count()):  # the model's need not be the current one
                 if torch.cuda.memory_reserved(device):
                     torch.cuda.synchronize(device)
+    refused = []
     while registered:
-        code = int(cudart.cudaHostUnregister(registered.pop()))
+        address = registered.pop()
+        code = int(cudart.cudaHostUnregister(address))
         if code != 0:
             logger.warning("CUDA error %d while unpinning host memory", code)
+            refused.append(address)
+    if refused:
+        _stuck.append((mapping, refused, cudart))
+        return
     mapping.madvise(mmap.MADV_DONTNEED)
+
+
+def _free_stuck() -> None:
+    for _ in range(len(_stuck)):
+        _free(*_stuck.pop(0))
+
+
+def _is_capturing() -> bool:
+    with suppress(RuntimeError):
+        return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
+    return False
 
 
 def _forget_cuda_error() -> None:

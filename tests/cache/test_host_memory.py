@@ -233,3 +233,26 @@ def test_pinned_memory_is_read_and_written_by_the_device():
         part.copy_(on_device + 1, non_blocking=True)
         torch.cuda.synchronize()
         assert torch.equal(part, torch.arange(1, part.numel() + 1, dtype=torch.int32))
+
+
+@pytest.mark.parametrize("why", ["capturing", "refused"])
+def test_a_range_that_cannot_be_unpinned_yet_keeps_its_addresses_until_it_can(monkeypatch, why):
+    """The collector comes during a capture, or CUDA refuses: else a later range there could not be pinned."""
+
+    class Cudart:
+        calls, code = [], 900
+
+        def cudaHostUnregister(self, address):  # noqa: N802
+            self.calls.append(address)
+            return self.code
+
+    cudart, mapping = Cudart(), mmap.mmap(-1, PAGE)
+    monkeypatch.setattr(host_memory, "_stuck", [])
+    monkeypatch.setattr(host_memory, "_is_capturing", lambda: why == "capturing")
+    host_memory._free(mapping, [4096], cudart)
+    assert host_memory._stuck == [(mapping, [4096], cudart)]
+    assert cudart.calls == ([] if why == "capturing" else [4096])
+    monkeypatch.setattr(host_memory, "_is_capturing", lambda: False)
+    Cudart.code = 0
+    with HostRange(PAGE, pin=False):
+        assert host_memory._stuck == [] and cudart.calls[-1] == 4096
