@@ -60,7 +60,7 @@ def demo_config(args: argparse.Namespace) -> tuple[int, RheoConfig]:
         "cache.device_memory=floor",
         "audit.every=8",
     ]
-    return args.context or context, RheoConfig.from_yaml(args.config).with_overrides(
+    return args.context or context, RheoConfig.from_yaml(args.config or "default").with_overrides(
         [*small, *args.overrides]
     )
 
