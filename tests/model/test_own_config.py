@@ -1,10 +1,13 @@
 """A model directory that brings its own `rheo.yaml` and heads, and the name of the one in the package."""
 
+from argparse import Namespace
+
 import pytest
 import torch
 
 from bench import train_native
 from rheo_offload import RheoConfig, offload
+from rheo_offload.cli.options import config_from
 from rheo_offload.errors import RheoError
 from rheo_offload.eval.recall import ask, draw_layout, make_batch
 from rheo_offload.model import loader
@@ -51,6 +54,14 @@ def test_models_without_one(tmp_path, monkeypatch):
     assert loader.own_config(str(tmp_path)) is None and loader.own_config("gemma3-270m") is None
     with pytest.raises(RheoError, match="not part of this installation"):
         loader.load("native", device="cpu")
+
+
+@pytest.mark.parametrize(("chosen", "method"), [(None, "nosa"), ("default", "mean_key")])
+def test_the_command_line_takes_a_models_own_configuration_unless_told_otherwise(chosen, method):
+    args = Namespace(model="native", config=chosen, overrides=["cache.capacity_ratio=2"])
+    config = config_from(args)
+    assert (config.selection.method, config.cache.capacity_ratio) == (method, 2)
+    assert config_from(Namespace(model="gemma3-270m", config=None, overrides=[])) == RheoConfig()
 
 
 def right_answers(model, tokens, prompts, seed=7_000_000):
