@@ -11,7 +11,7 @@ import yaml
 from rheo_offload.config import GROUPS, CacheConfig, RheoConfig, SelectionConfig, packaged_names, resolve_auto
 from rheo_offload.config_checks import parse_bytes
 from rheo_offload.errors import ConfigError
-from rheo_offload.eval.suite import PACKAGED_AS
+from rheo_offload.eval.setups import PACKAGED_AS
 from rheo_offload.selection.policy import METHODS, make_policy, make_selector
 
 ROOT = Path(__file__).parents[1]

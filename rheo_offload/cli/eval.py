@@ -1,4 +1,4 @@
-"""`rheo eval`: what sparse decoding costs in quality, tasks x methods x budgets, beside the stock model."""
+"""`rheo eval`: what sparse decoding costs in quality, tasks x methods x budgets, beside the dense model."""
 
 import argparse
 import hashlib
@@ -16,9 +16,18 @@ from tqdm import tqdm
 from rheo_offload.cli.generate import read_text
 from rheo_offload.cli.options import at_least
 from rheo_offload.cli.plan import load_config
+from rheo_offload.config import RheoConfig
 from rheo_offload.errors import RheoError
 from rheo_offload.metrics.probe import versions
-from rheo_offload.model.loader import PACKAGED_MODEL, load, resolve_device, resolve_dtype
+from rheo_offload.model.loader import (
+    PACKAGED_MODEL,
+    load,
+    load_tokenizer,
+    model_folder,
+    own_config,
+    resolve_device,
+    resolve_dtype,
+)
 from rheo_offload.model.specs import max_positions
 
 # rheo_offload.eval is imported where it is used: other verbs need not wait for it.
@@ -34,8 +43,9 @@ def add_parser(subparsers: Any) -> None:
     parser.add_argument("--model", default=PACKAGED_MODEL, help="directory or hub id (default: %(default)s)")
     parser.add_argument("--gguf", metavar="FILE", help="GGUF file inside that directory")
     parser.add_argument(
-        "--tasks", type=names, default=names(TASKS), metavar="T,...", help=f"default: {TASKS}"
-    )
+        "--tasks", type=names, metavar="T,...",
+        help=f"default: {TASKS}; for a model whose vocabulary is that of synthetic recall: recall",
+    )  # fmt: skip
     parser.add_argument(
         "--methods", type=names, default=["mean_key"], metavar="M,...",
         help="selection methods, packaged configurations or YAML files, also as LABEL=METHOD (default: mean_key)",
@@ -134,13 +144,14 @@ def run(args: argparse.Namespace) -> int:
     from rheo_offload.eval.log import EvalLog
     from rheo_offload.eval.plots import figure_class, write_plots
     from rheo_offload.eval.report import markdown, method_table, row_line, task_tables
-    from rheo_offload.eval.suite import Evaluation, setups_of, tasks_of
+    from rheo_offload.eval.suite import Evaluation
     from rheo_offload.eval.task import Settings
 
     # Everything that can be refused without the weights is refused before they are loaded.
+    tasks, setups = tasks_and_setups(args)
     evaluation = Evaluation(
-        tasks=tasks_of(args.tasks),
-        setups=setups_of(args.methods, args.budgets, args.overrides),
+        tasks=tasks,
+        setups=setups,
         settings=Settings(
             contexts=tuple(args.contexts),
             depths=args.depths,
@@ -158,7 +169,7 @@ def run(args: argparse.Namespace) -> int:
     check_positions(args, evaluation)
     about = start_record(args, paragraphs)
     configs = {
-        (s.method, s.token_budget): s.config.to_dict() for s in evaluation.setups if s.config is not None
+        (s.method, s.token_budget): logged(s.config, args.model) for s in setups if s.config is not None
     }
     log = EvalLog(args.out, run=about, configs=configs)
     missing = evaluation.missing(log)
@@ -177,6 +188,42 @@ def run(args: argparse.Namespace) -> int:
     else:
         print(method_table(rows) if args.table else f"{method_table(rows)}\n\n{task_tables(rows)}")
     return 0
+
+
+def tasks_and_setups(args: argparse.Namespace) -> tuple[Any, Any]:
+    """Return what is asked and of whom, checked against each other and the model's vocabulary.
+
+    Raises:
+        RheoError: an unknown name, a configuration that is refused, or a task that means nothing to the model.
+    """
+    from rheo_offload.eval.recall import VOCABULARY
+    from rheo_offload.eval.recall_task import speaks_recall
+    from rheo_offload.eval.setups import setups_of
+    from rheo_offload.eval.suite import check_tasks, tasks_of
+
+    tasks = tasks_of(args.tasks if args.tasks is not None else names(TASKS))
+    own = own_config(args.model)
+    positions = None if own is None or args.gguf else max_positions(load_config(args.model))
+    setups = setups_of(args.methods, args.budgets, args.overrides, own=own, positions=positions)
+    if args.gguf:  # its vocabulary is known once it is loaded
+        return tasks, setups
+    words = load_config(args.model).get_text_config().vocab_size
+    recall = words == len(VOCABULARY) and speaks_recall(load_tokenizer(args.model))
+    if recall and args.tasks is None:
+        tasks = tasks_of(["recall"])
+    check_tasks(tasks, setups, recall=recall)
+    return tasks, setups
+
+
+def logged(config: RheoConfig, model: str) -> dict[str, Any]:
+    """Return a configuration for the log; files that come with the model stand there by name, wherever it lies."""
+    values = config.to_dict()
+    params = values["selection"]["params"]
+    weights = params.get("weights")
+    if weights is not None and own_config(model) is not None:
+        home, file = Path(model_folder(model)), Path(weights)
+        params["weights"] = str(file.relative_to(home)) if file.is_relative_to(home) else weights
+    return values
 
 
 def evaluate(

@@ -9,7 +9,8 @@ import numpy as np
 
 from rheo_offload.errors import RheoError
 from rheo_offload.eval.log import Row
-from rheo_offload.eval.suite import DENSE, TASKS
+from rheo_offload.eval.setups import DENSE
+from rheo_offload.eval.suite import TASKS
 
 __all__ = ["figure_class", "write_plots"]
 

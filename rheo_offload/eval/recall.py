@@ -201,18 +201,23 @@ def _draw_slots(layout: Layout, slots: int, batch: int, count: int, generator: t
     return order.argsort(1)[:, :count]
 
 
-def ask(model: Any, ids: Tensor, layout: Layout) -> Iterator[tuple[Question, list[int]]]:
-    """Ask an offloaded model all questions of one sequence, turn by turn on one cache; yields what it answers.
+def ask(
+    model: Any, ids: Tensor, layout: Layout, *, cache: Any = None
+) -> Iterator[tuple[Question, list[int]]]:
+    """Ask a model all questions of one sequence, turn by turn on one cache; yields what it answers.
 
-    The context is read once, densely; questions and answers go through the decode path. An answer stays in the
-    conversation as it was given, right or wrong.
+    The context is read once, densely; in an offloaded model, questions and answers go through the decode path. An
+    answer stays in the conversation as it was given, right or wrong.
 
     Args:
-        model: offloaded.
+        model: offloaded, or the stock model where `cache` is one of transformers.
         ids: [1, num_tokens] of `make_batch`.
         layout: of that batch.
+        cache: an empty one; None: a new one of the offloaded model.
     """
-    cache = model.rheo.new_cache(max_length=layout.num_tokens + SLOT)
+    if cache is None:
+        cache = model.rheo.new_cache(max_length=layout.num_tokens + SLOT)
+    decoded = {"decode_tail_tokens": 3} if hasattr(model, "rheo") else {}
     turn = ids[:, : layout.context_tokens].to(model.device)
     for question in layout.questions:
         prompt = torch.cat((turn, ids[:, question.start - 1 : question.start + 1].to(model.device)), 1)
@@ -222,6 +227,6 @@ def ask(model: Any, ids: Tensor, layout: Layout) -> Iterator[tuple[Question, lis
             past_key_values=cache,
             max_new_tokens=question.end - question.start,
             do_sample=False,
-            decode_tail_tokens=3,
+            **decoded,
         )
         yield question, turn[0, prompt.shape[1] :].tolist()

@@ -4,7 +4,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from rheo_offload.eval.log import Row
-from rheo_offload.eval.suite import DENSE, TASKS
+from rheo_offload.eval.setups import DENSE
+from rheo_offload.eval.suite import TASKS
 
 __all__ = ["markdown", "method_table", "row_line", "task_tables"]
 
@@ -21,6 +22,7 @@ PARTS = {
     "long_generation": ("score", "first_difference", "repetition"),
     "perplexity": ("perplexity", "accuracy"),
     "kl": ("kl", "kl_p95", "kl_max", "agreement"),
+    "recall": ("score", "retrieval", "tracking", "copying"),
 }
 TITLES = {
     "needle": "found",
@@ -29,6 +31,7 @@ TITLES = {
     "long_generation": "long agreement",
     "perplexity": "perplexity",
     "kl": "KL, nats",
+    "recall": "recalled",
     "score": "score",
 }
 
@@ -103,10 +106,11 @@ def _headline(task: str, group: Sequence[Row]) -> str:
 
 
 def _average(group: Sequence[Row], task: str, name: str) -> str:
-    """The task's own summary for its headline, the mean over cases for the rest."""
+    """The task's own summary for its headline, the mean over cases for the rest, where a case has it."""
     if name in (task, "score", "fields"):
         return _headline(task, group)
-    return _number(sum(row.metrics[name] for row in group) / len(group))
+    values = [row.metrics[name] for row in group if name in row.metrics]
+    return _number(sum(values) / len(values)) if values else ""
 
 
 def _locality(group: Sequence[Row]) -> list[str]:

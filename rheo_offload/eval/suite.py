@@ -1,20 +1,16 @@
-"""An evaluation: tasks x methods x budgets, each case in one row, the stock model first.
+"""An evaluation: tasks x methods x budgets, each case in one row, the dense model first.
 
-Every method gets the same budget and a pool of 1.5 budgets, so that blocks really move.
+Every method gets the same budget and a pool of 1.5 budgets, so that blocks really move (`setups.py`).
 """
 
 import dataclasses
-import difflib
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from rheo_offload.config import RheoConfig, packaged_names
-from rheo_offload.config_checks import require
 from rheo_offload.errors import RheoError
 from rheo_offload.eval.json_records import JsonRecords
 from rheo_offload.eval.kl import Divergence
@@ -23,43 +19,18 @@ from rheo_offload.eval.long_generation import LongGeneration
 from rheo_offload.eval.needle import Needle
 from rheo_offload.eval.perplexity import Perplexity
 from rheo_offload.eval.prompts import Source
+from rheo_offload.eval.recall_task import Recall, speaks_recall
 from rheo_offload.eval.ruler import Ruler
+from rheo_offload.eval.setups import DENSE, Setup, nearest
 from rheo_offload.eval.task import Case, Finding, Job, Question, Settings, Task
 from rheo_offload.model.offload import check_config, offload, restore
-from rheo_offload.selection.policy import METHODS, check_files, make_selector
 
-__all__ = ["DENSE", "TASKS", "Evaluation", "Setup", "check_lengths", "nearest", "setups_of", "tasks_of"]
+__all__ = ["TASKS", "Evaluation", "check_lengths", "check_tasks", "tasks_of"]
 
 TASKS: dict[str, Task] = {
     task.name: task
-    for task in (Needle(), Ruler(), JsonRecords(), LongGeneration(), Perplexity(), Divergence())
+    for task in (Needle(), Ruler(), JsonRecords(), LongGeneration(), Perplexity(), Divergence(), Recall())
 }
-DENSE = "dense"
-PACKAGED_AS = {"mean_key": "default", "full": "dense"}
-"""Methods whose packaged configuration has another name than the method."""
-EQUAL = (
-    "selection.recent_blocks=auto",
-    "cache.capacity_ratio=1.5",
-    "cache.device_memory=floor",
-    "audit.every=8",
-)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Setup:
-    """A method at a budget; `config` is None for the stock model."""
-
-    method: str
-    token_budget: int | None = None
-    config: RheoConfig | None = None
-
-
-def nearest(kind: str, name: str, known: Iterable[str]) -> RheoError:
-    """Return the error for an unknown name, with the nearest known one."""
-    names = sorted(known)
-    found = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
-    hint = f"did you mean {found[0]!r}?" if found else f"known: {', '.join(names)}"
-    return RheoError(f"unknown {kind} {name!r}; {hint}")
 
 
 def tasks_of(names: Sequence[str]) -> list[Task]:
@@ -74,69 +45,33 @@ def tasks_of(names: Sequence[str]) -> list[Task]:
     return [TASKS[name] for name in dict.fromkeys(names)]
 
 
-def setups_of(methods: Sequence[str], budgets: Sequence[int], overrides: Sequence[str] = ()) -> list[Setup]:
-    """Return the stock model and every method at every budget.
+def check_tasks(tasks: Sequence[Task], setups: Sequence[Setup], *, recall: bool) -> None:
+    """Refuse tasks that mean nothing to a model.
 
     Args:
-        methods: `METHOD` or `LABEL=METHOD`; METHOD is a selection method, a packaged configuration or a YAML file.
-        budgets: tokens attended per KV head and step.
-        overrides: `group.key=value` for all methods, `LABEL:group.key=value` for one.
+        tasks: what is to be asked.
+        setups: of `setups_of`, the dense model first.
+        recall: whether the model's vocabulary is that of the task `recall`.
 
     Raises:
-        RheoError: an unknown method, a label twice, or an override for a label that is not there.
-        ConfigError: a configuration that is refused, for example a budget below the forced blocks, or a method's file
-            that is not there.
+        RheoError: names the task, the reason and the remedy.
     """
-    sources = {}
-    for entry in methods:
-        label, _, name = entry.rpartition("=")
-        label = label or name
-        if label in sources or (label == DENSE and name != DENSE):
-            raise RheoError(f"the method {label!r} is named twice; tell them apart as LABEL={name}")
-        sources[label] = _source_of(name)
-    setups = [Setup(method=DENSE)]
-    own: dict[str, list[str]] = {label: [] for label in sources}
-    shared = []
-    for override in overrides:
-        label, colon, text = override.partition("=")[0].partition(":")
-        if not colon:
-            shared.append(override)
-        elif label in own:
-            own[label].append(override[len(label) + 1 :])
-        else:
-            raise nearest("method", label, own)
-    for label, source in sources.items():
-        if label == DENSE:
-            continue
-        for budget in budgets:
-            equal = [f"selection.token_budget={budget}", *EQUAL]
-            config = _configured(source, [*equal, *shared, *own[label]])
-            setups.append(Setup(method=label, token_budget=budget, config=config))
-            if config.selection.method == "full":
-                break  # it attends to everything at any budget
-    return setups
-
-
-def _source_of(name: str) -> str:
-    if name == DENSE:
-        return DENSE
-    if name in METHODS or name in packaged_names():
-        return PACKAGED_AS.get(name, name)
-    if Path(name).suffix in (".yaml", ".yml"):
-        return name
-    raise nearest("method", name, [*METHODS, *packaged_names(), DENSE])
-
-
-def _configured(source: str, overrides: Sequence[str]) -> RheoConfig:
-    config = RheoConfig.from_yaml(source).with_overrides(overrides)
-    selection = config.selection
-    check_files(make_selector(selection.method, selection.params, block_size=config.cache.block_size))
-    plan = selection.reuse_layers
-    if isinstance(plan, str):
-        require(
-            Path(plan).is_file(), "selection.reuse_layers", "pairs of layers, or a file that exists", plan
-        )
-    return config
+    for task in tasks:
+        if recall and task.name != Recall.name:
+            raise RheoError(
+                f"the task {task.name} is made of text, and this model's vocabulary has no other words than those of "
+                "synthetic recall; use --tasks recall"
+            )
+        if not recall and task.name == Recall.name:
+            raise RheoError(
+                "the task recall is made of its own words, and this model's tokenizer is another one; name other "
+                "--tasks, or a model of that vocabulary, as --model native"
+            )
+        if task.needs_reference and setups[0].config is not None:
+            raise RheoError(
+                f"the task {task.name} compares with the stock model, which lacks the learned bias of this model's "
+                "own rheo.yaml; leave it out of --tasks"
+            )
 
 
 def check_lengths(tasks: Sequence[Task], settings: Settings, positions: int | None) -> None:
@@ -161,7 +96,7 @@ class Evaluation:
 
     Attributes:
         tasks: in this order.
-        setups: the stock model first.
+        setups: the dense model first.
         settings: sizes and seed.
         dense_question: ask every question a second time, read by the dense prefill.
     """
@@ -212,8 +147,10 @@ class Evaluation:
             progress: called with (tokens done, in all) within a case.
 
         Raises:
-            RheoError: a prompt cannot be built, or a configuration does not fit the model; nothing has run then.
+            RheoError: a task or a configuration does not fit the model, or a prompt cannot be built; nothing has run
+                then.
         """
+        check_tasks(self.tasks, self.setups, recall=speaks_recall(tokenizer))
         missing = self.missing(log)
         for config in {id(s): s.config for _, _, s in missing if s.config is not None}.values():
             check_config(model, config)
@@ -281,8 +218,9 @@ STATS_FIELDS = tuple(
 
 
 def _row(case: Case, setup: Setup, finding: Finding, seconds: float) -> Row:
+    """A dense row says nothing about offloading, also where it took an offloaded model (`setups._dense`)."""
     measured: dict[str, Any] = {}
-    if finding.stats is not None:
+    if finding.stats is not None and setup.method != DENSE:
         measured = {name: getattr(finding.stats, name) for name in STATS_FIELDS}
         why = why_invalid(measured["evicted_blocks"], measured["miss_blocks"])
         measured |= {"valid": why is None, "invalid_because": why}
@@ -293,7 +231,7 @@ def _row(case: Case, setup: Setup, finding: Finding, seconds: float) -> Row:
         token_budget=setup.token_budget,
         context_len_tokens=case.context,
         metrics=finding.metrics,
-        dense_question=finding.dense_question,
+        dense_question=None if setup.method == DENSE else finding.dense_question,
         answer=finding.answer,
         seconds=round(seconds, 3),
         **measured,

@@ -21,6 +21,7 @@ __all__ = [
     "NATIVE_MODEL",
     "PACKAGED_MODEL",
     "load",
+    "load_tokenizer",
     "model_folder",
     "own_config",
     "prepare_packaged_model",
@@ -102,6 +103,15 @@ def load(
     loaded = _load_model(model, gguf, torch_dtype)
     tokenizer = _load_tokenizer(model, gguf)
     return loaded.to(target).eval(), tokenizer
+
+
+def load_tokenizer(model: str, *, models_dir: Path = MODELS_DIR) -> PreTrainedTokenizerBase:
+    """Load the tokenizer of a directory or hub id alone.
+
+    Raises:
+        RheoError: it is not there.
+    """
+    return _load_tokenizer(model_folder(model, models_dir), None)
 
 
 def model_folder(model: str, models_dir: Path = MODELS_DIR) -> str:

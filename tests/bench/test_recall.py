@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from transformers import DynamicCache
 
 from rheo_offload import RheoConfig, offload, restore
 from rheo_offload.eval import recall
@@ -71,6 +72,7 @@ def test_questions_asked_turn_by_turn_get_the_stock_answers():
             prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=q.end - q.start, do_sample=False
         )
         wanted.append((q, turn[0, prompt.shape[1] :].tolist()))
+    assert list(ask(model, ids, layout, cache=DynamicCache(config=model.config))) == wanted
     offload(model, RheoConfig.from_dict({"selection": {"token_budget": 512, "sink_blocks": 1}}))
     assert list(ask(model, ids, layout)) == wanted and len(wanted) > 2
     restore(model)

@@ -14,7 +14,8 @@ from rheo_offload.errors import ConfigError, RheoError
 from rheo_offload.eval.log import EvalLog, Row
 from rheo_offload.eval.plots import write_plots
 from rheo_offload.eval.report import PARTS, TITLES, method_table
-from rheo_offload.eval.suite import TASKS, Evaluation, setups_of, tasks_of, why_invalid
+from rheo_offload.eval.setups import setups_of
+from rheo_offload.eval.suite import TASKS, Evaluation, tasks_of, why_invalid
 from rheo_offload.selection.policy import METHODS
 
 SMALL = [

@@ -1,0 +1,154 @@
+"""`rheo eval` on models of the recall vocabulary: the packaged one by its own configuration, and who is refused."""
+
+import json
+
+import pytest
+
+from rheo_offload import RheoConfig
+from rheo_offload.cli import eval as verb
+from rheo_offload.cli.main import main
+from rheo_offload.errors import RheoError
+from rheo_offload.eval.recall_task import Recall
+from rheo_offload.eval.report import task_tables
+from rheo_offload.eval.setups import setups_of
+from rheo_offload.eval.suite import Evaluation, check_tasks, tasks_of
+from rheo_offload.eval.task import Settings
+from rheo_offload.model.loader import load, own_config
+from tests.helpers.homes import DEVICE
+from tests.helpers.tiny_model import tiny_model
+
+ARGV = ["eval", "--model", "native", "--device", "cpu", "--contexts", "512", "--seed", "1"]
+METHODS = ["--methods", "nosa,streaming,all=nosa", "--budgets", "256", "all:selection.token_budget=512"]
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """Half of 512 tokens attended, and all of them; no task is named."""
+    out = tmp_path_factory.mktemp("recall")
+    assert main([*ARGV, *METHODS, "--out", str(out)]) == 0
+    return out
+
+
+def records(out, kind: str) -> dict[str, dict]:
+    lines = [json.loads(line) for line in (out / "rows.jsonl").read_text().splitlines()]
+    return {line["method"]: line for line in lines if line["record"] == kind}
+
+
+def test_the_native_model_recalls_by_its_own_configuration(finished):
+    rows = records(finished, "row")
+    assert list(rows) == ["dense", "nosa", "streaming", "all"]
+    assert all(row["task"] == "recall" and row["metrics"]["questions"] > 10 for row in rows.values())
+    assert rows["dense"]["metrics"]["score"] >= 0.95 and rows["nosa"]["metrics"]["score"] >= 0.9
+    assert rows["streaming"]["metrics"]["score"] < 0.7, "the choice of blocks is what counts"
+    assert rows["nosa"]["valid"] and rows["nosa"]["captured_mass_mean"] > 0.5
+    assert rows["all"]["metrics"] == rows["dense"]["metrics"] and not rows["all"]["valid"]
+    assert rows["dense"]["valid"] is None and rows["dense"]["decode_steps"] is None
+
+
+def test_the_log_says_where_the_dense_rows_come_from(finished):
+    configs = {method: record["config"] for method, record in records(finished, "config").items()}
+    geometry = ("sink_blocks", "recent_blocks")
+    for config in configs.values():
+        assert config["cache"]["block_size"] == 32
+        assert [config["selection"][name] for name in geometry] == [1, 2]
+    assert [configs[name]["selection"]["method"] for name in ("dense", "nosa")] == ["nosa", "nosa"]
+    assert configs["dense"]["selection"]["token_budget"] > 32768, "more than the model has positions"
+    assert configs["nosa"]["selection"]["params"]["weights"] == "heads.safetensors"
+    assert configs["nosa"]["cache"]["capacity_ratio"] == 1.5 and configs["nosa"]["audit"]["every"] == 8
+
+
+def test_a_finished_evaluation_loads_nothing(finished, capsys, monkeypatch):
+    monkeypatch.setattr(verb, "load", lambda *a, **k: pytest.fail("the weights were loaded"))
+    argv = [*ARGV, "--methods", "nosa", "--budgets", "256", "--tasks", "recall", "--table"]
+    assert main([*argv, "--out", str(finished)]) == 0
+    assert "| recalled |" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("task", ["needle", "kl", "recall,perplexity"])
+def test_text_means_nothing_to_the_native_model(tmp_path, capsys, monkeypatch, task):
+    monkeypatch.setattr(verb, "load", lambda *a, **k: pytest.fail("the weights were loaded"))
+    assert main([*ARGV, "--tasks", task, "--out", str(tmp_path)]) == 2
+    error = capsys.readouterr().err
+    assert f"the task {task.split(',')[-1]} is made of text" in error and "use --tasks recall" in error
+    assert not list(tmp_path.iterdir())
+
+
+def test_recall_means_nothing_to_another_model(model_dir, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(verb, "load", lambda *a, **k: pytest.fail("the weights were loaded"))
+    assert main(["eval", "--model", str(model_dir), "--tasks", "recall", "--out", str(tmp_path)]) == 2
+    assert "this model's tokenizer is another one" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
+def test_an_evaluation_refuses_by_the_tokenizer_it_is_given(source, model, monkeypatch):
+    """As for a GGUF file, whose vocabulary is known only then."""
+    monkeypatch.setattr(Recall, "job", lambda *a: pytest.fail("a prompt was made"))
+    evaluation = Evaluation(tasks=[Recall()], setups=setups_of([], []), settings=Settings(contexts=(512,)))
+    log = type("Log", (), {"rows": {}})()
+    with pytest.raises(RheoError, match="tokenizer is another one"):
+        evaluation.run(model, source.tokenizer, source.paragraphs, log)
+
+
+def test_a_model_with_a_bias_has_no_stock_model_to_compare_with():
+    setups = setups_of([], [], own=own_config("native"))
+    check_tasks(tasks_of(["needle", "perplexity"]), setups, recall=False)
+    for task in ("kl", "long_generation"):
+        with pytest.raises(RheoError, match=f"the task {task} compares with the stock model, which lacks"):
+            check_tasks(tasks_of([task]), setups, recall=False)
+
+
+def test_other_methods_get_the_models_geometry_and_their_own_everything_else(tmp_path):
+    (tmp_path / "mine.yaml").write_text("{cache: {block_size: 16}, selection: {method: moba}}\n")
+    mine = str(tmp_path / "mine.yaml")
+    own = own_config("native")
+    setups = setups_of(
+        ["nosa", "infllm_v2", "quest", "wide=quest", mine], [512], ["wide:cache.block_size=64"], own=own
+    )
+    by_label = {s.method: s.config for s in setups}
+    shape = {
+        label: (c.cache.block_size, c.selection.sink_blocks, c.selection.recent_blocks)
+        for label, c in by_label.items()
+    }
+    assert shape["infllm_v2"] == shape["quest"] == shape["nosa"] == (32, 1, 2)
+    assert shape["wide"] == (64, 1, 2) and shape[mine] == (16, 1, "auto")
+    assert by_label["nosa"].selection.params == own.selection.params
+    assert by_label["nosa"].selection.query_agnostic_share == own.selection.query_agnostic_share
+    packaged = RheoConfig.from_yaml("infllm_v2").selection
+    assert by_label["infllm_v2"].selection.query_agnostic_share == packaged.query_agnostic_share
+    assert by_label["infllm_v2"].selection.params == packaged.params
+
+
+@pytest.mark.parametrize("override", ["selection.method=mean_key", "selection.params={bias: false}"])
+def test_without_a_bias_the_dense_model_is_the_stock_one(override):
+    own = RheoConfig.from_dict({"selection": {"method": "nosa"}}).with_overrides([override])
+    assert setups_of([], [], own=own)[0].config is None
+
+
+def test_the_stock_model_is_asked_where_there_is_no_own_configuration():
+    """A random model of the vocabulary: its wrong answers count as such."""
+    _, tokenizer = load("native", device="cpu")
+    model = tiny_model("llama", vocab_size=len(tokenizer), device=DEVICE)
+    log = type("Log", (), {"rows": {}, "append": lambda self, row: self.rows.update({row.key: row})})()
+    settings = Settings(contexts=(128,), samples=2)
+    evaluation = Evaluation(tasks=[Recall()], setups=setups_of(["full"], [64]), settings=settings)
+    evaluation.run(model, tokenizer, [], log)
+    assert [row.method for row in log.rows.values()] == ["dense", "dense", "full", "full"]
+    assert all(row.metrics["score"] < 0.5 for row in log.rows.values())
+    assert task_tables(list(log.rows.values())).count("\n") == 5
+
+
+def test_sequences_depend_on_seed_and_case_alone():
+    def ids(seed: int) -> list[list[int]]:
+        settings = Settings(contexts=(200, 256), samples=2, seed=seed)
+        return [Recall().job(case, None, settings).ids[0].tolist() for case in Recall().cases(settings)]
+
+    assert ids(0) == ids(0) and len({*map(tuple, ids(0)), *map(tuple, ids(1))}) == 8
+    assert [len(row) for row in ids(0)] == [200, 200, 256, 256]
+    with pytest.raises(RheoError, match="no room for a question and its records; raise --contexts"):
+        short = Settings(contexts=(12,))
+        Recall().job(Recall().cases(short)[0], None, short)
+
+
+def test_shares_are_of_questions():
+    two = [{"score": 1.0, "questions": 30.0}, {"score": 0.0, "questions": 10.0}]
+    assert Recall().summary(two) == 0.75
