@@ -2,6 +2,9 @@
 
 import argparse
 import sys
+import time
+from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -59,9 +62,14 @@ def run_native(args: argparse.Namespace) -> int:
         f"about it,\nnone of them seen in training. Each step attends to at most {config.selection.token_budget:,} "
         "tokens per KV head. The model answers:\n"
     )
-    right = answer_all(model, ids, layout)
-    stats = model.rheo.stats()
-    print(f"\n{right} of {asked} answers are right.\n\n{stats.table()}\n")
+    begin = time.perf_counter()
+    right, new_tokens = answer_all(model, ids, layout)
+    seconds = time.perf_counter() - begin
+    # The clock of a run is that of one turn, and these are many.
+    times = dict.fromkeys(("ttft_ms", "itl_p50_ms", "itl_p95_ms", "decode_tps"))
+    given = layout.context_tokens + 2 * asked
+    stats = replace(model.rheo.stats(), prompt_tokens=given, new_tokens=new_tokens, **times)
+    print(f"\n{right} of {asked} answers are right; all of it took {seconds:.1f} s.\n\n{stats.table()}\n")
     few = [f"{right} of {asked} answers are right, fewer than {ENOUGH:.0%}"] if right < ENOUGH * asked else []
     problems = few + nothing_moved(stats)
     for problem in problems:
@@ -71,16 +79,17 @@ def run_native(args: argparse.Namespace) -> int:
     return 1 if problems else 0
 
 
-def answer_all(model: torch.nn.Module, ids: Tensor, layout: Layout) -> int:
-    """Print every question of ids [1, num_tokens] with what the model answers; return how many answers are right."""
-    right = 0
+def answer_all(model: Any, ids: Tensor, layout: Layout) -> tuple[int, int]:
+    """Print the questions of ids [1, num_tokens] with their answers; return how many are right, and their tokens."""
+    right = new_tokens = 0
     for question, answer in ask(model, ids, layout):
         given = ids[0, question.start - 1 : question.start + 1].tolist()
         truth = ids[0, question.start + 1 : question.end + 1].tolist()
         verdict = "right" if answer == truth else f"wrong: it is {spelled(truth)}"
         print(f"  {spelled(given)} -> {spelled(answer)}  {verdict}", flush=True)
         right += answer == truth
-    return right
+        new_tokens += len(answer)
+    return right, new_tokens
 
 
 def spelled(tokens: list[int]) -> str:
