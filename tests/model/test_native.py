@@ -84,7 +84,7 @@ def served_logits(model, ids, context):
 
 
 def check_served_as_trained(trained, served, ids, context, geometry):
-    """The same logits by the tolerance rule, which neither dense attention nor attention without the bias would give."""
+    """The same logits by the tolerance rule; neither dense attention nor one without the bias would give them."""
     trained.to(DEVICE)
     ids = ids.to(DEVICE)
     got = served_logits(served, ids, context)
