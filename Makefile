@@ -31,6 +31,14 @@ $(VENV)/.%: $(VENV)/.torch pyproject.toml
 	$(PIP) install --quiet -c constraints.txt -e ".[$*]" || $(call fail,the packages of the [$*] extra)
 	touch $@
 
+# The demo does without its extra where only that cannot be had: this package has a model of its own. No stamp then:
+# the next run tries again. An environment that runs the command already needs no index for it.
+$(VENV)/.demo: $(VENV)/.torch pyproject.toml
+	@echo "installing this package with its [demo] extra"; \
+	if $(PIP) install --quiet -c constraints.txt -e ".[demo]"; then touch $@; else \
+	echo "Could not get the packages of the [demo] extra, see above; going on without them." >&2; \
+	$(BIN)/rheo --version >/dev/null 2>&1 || $(PIP) install --quiet -c constraints.txt -e . || $(call fail,this package); fi
+
 test: $(VENV)/.dev
 	$(BIN)/python -m pytest -q --durations=15
 

@@ -43,6 +43,11 @@ class Geometry:
         """Return the blocks chosen by score."""
         return self.budget - self.sink - self.recent - self.agnostic
 
+    @property
+    def share(self) -> float:
+        """Return the part of the blocks open to choice that importance has: `selection.query_agnostic_share`."""
+        return self.agnostic / (self.query + self.agnostic)
+
 
 @dataclass(slots=True, kw_only=True)
 class Pass:
@@ -74,10 +79,15 @@ class ImportanceHead(nn.Module):
         self.delta = nn.Linear(num_kv_heads * head_dim, num_kv_heads)
 
     def forward(self, v: Tensor) -> Tensor:
-        """v [B, Hkv, T, D] -> cis [B, Hkv, T] fp32."""
+        """v [B, Hkv, T, D] -> cis [B, Hkv, T], at least fp32."""
         with torch.autocast(v.device.type, enabled=False):
-            raw = self.delta(v.transpose(1, 2).flatten(2).float())
+            raw = self.delta(wide(v.transpose(1, 2).flatten(2)))
             return (self.A * softplus(raw)).transpose(1, 2)
+
+
+def wide(x: Tensor) -> Tensor:
+    """Return x in fp32, or as it is where that is wider."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 def window_means(x: Tensor, unit: int) -> Tensor:
@@ -109,20 +119,20 @@ def ranking_scores(
         geometry: blocks and windows.
 
     Returns:
-        Query scores and pooled importance, fp32 [B, Hkv, R, N], -inf where no finished window touches a block.
+        Query scores and pooled importance, at least fp32 [B, Hkv, R, N], -inf where no finished window touches a block.
     """
     rows, tokens, heads = q.shape[2], k.shape[2], k.shape[1]
     num_blocks = -(-tokens // geometry.block_size)
-    means = window_means(k.float(), geometry.unit)
+    means = window_means(wide(k), geometry.unit)
     positions = torch.arange(first, tokens, device=q.device)
     finished = (positions + 1) // geometry.unit
     exists = torch.arange(means.shape[2], device=q.device) + 2 <= finished[:, None]  # [R, windows]
-    grouped = q.float().unflatten(1, (heads, -1))  # [B, Hkv, G, R, D]
+    grouped = wide(q).unflatten(1, (heads, -1))  # [B, Hkv, G, R, D]
     logits = torch.einsum("bhgrd,bhwd->bhgrw", grouped, means) * scale
     # Finite, so that rows without any window have a softmax and a gradient.
     weights = logits.masked_fill(~exists, -1e30).softmax(-1).sum(2)
     scores = pool_blocks(weights.masked_fill(~exists, -torch.inf), geometry, num_blocks)
-    important = window_means(cis.float()[..., None], geometry.unit)[..., 0]
+    important = window_means(wide(cis)[..., None], geometry.unit)[..., 0]
     important = important[:, :, None].expand(-1, -1, rows, -1).masked_fill(~exists, -torch.inf)
     return scores, pool_blocks(important, geometry, num_blocks)
 
@@ -194,12 +204,12 @@ def _dense_causal(q: Tensor, k: Tensor, v: Tensor, cis: Tensor, scale: float) ->
 
 
 def _rows(q: Tensor, k: Tensor, v: Tensor, cis: Tensor, scale: float, native: Pass) -> Tensor:
-    """Attention of the rows behind the context, dense or over selected blocks; logits in fp32: they get large."""
+    """Attention of the rows behind the context, dense or over selected blocks; not in bf16: the logits get large."""
     with torch.autocast(q.device.type, enabled=False):
-        return _rows_fp32(q.float(), k.float(), v.float(), cis.float(), scale, native).to(v.dtype)
+        return _wide_rows(wide(q), wide(k), wide(v), wide(cis), scale, native).to(v.dtype)
 
 
-def _rows_fp32(q: Tensor, k: Tensor, v: Tensor, cis: Tensor, scale: float, native: Pass) -> Tensor:
+def _wide_rows(q: Tensor, k: Tensor, v: Tensor, cis: Tensor, scale: float, native: Pass) -> Tensor:
     heads, tokens, first = k.shape[1], k.shape[2], native.context_tokens
     grouped = q.unflatten(1, (heads, -1))  # [B, Hkv, G, R, D]
     logits = torch.einsum("bhgrd,bhtd->bhgrt", grouped, k) * scale + cis[:, :, None, None]

@@ -8,8 +8,8 @@ or its share of the time is over; the learning rate is constant, then falls to z
 learns the task densely first; then selection joins, beginning with the length at which it leaves something out.
 
 The folder gets the model (bfloat16, loadable by transformers), `heads.safetensors` (the learned heads), `weights.pt`
-(fp32, for --resume), `log.jsonl`, and at the end `results.json`: exactly answered questions by task, length and
-attention.
+(fp32, for --resume), `log.jsonl`, and at the end `results.json`: the geometry, and exactly answered questions by task,
+length and attention.
 """
 
 import argparse
@@ -396,7 +396,9 @@ class Trainer:
         self.model.eval()
         return {
             "trained": "dense" if self.dense else "nosa", "steps": self.step,
-            "block_size": geometry.block_size, "budget_tokens": geometry.tokens,
+            "block_size": geometry.block_size, "budget_tokens": geometry.tokens, "window_stride": geometry.unit,
+            "sink_blocks": geometry.sink, "recent_blocks": geometry.recent,
+            "query_agnostic_blocks": geometry.agnostic, "query_agnostic_share": round(geometry.share, 4),
             "accuracy": {mode: evaluate(self.model, self.recipe, *how) for mode, how in modes.items()},
         }  # fmt: skip
 

@@ -1,17 +1,19 @@
 """The demo on a tiny random model: what it builds, reports, refuses and returns."""
 
 import argparse
+import sys
 from types import SimpleNamespace
 
 import pytest
 import torch
 
-from rheo_offload.cli import demo
+from rheo_offload.cli import demo, demo_native
 from rheo_offload.cli.main import main
 from rheo_offload.errors import RheoError
 from rheo_offload.eval import needle
 from rheo_offload.eval.needle import NeedlePrompt, needle_prompt
 from rheo_offload.eval.texts import prose_paragraphs
+from rheo_offload.model import loader
 from tests.helpers.spelling_model import save_spelling_model
 
 
@@ -132,3 +134,83 @@ def test_refusals_are_one_line(model_dir, capsys):
     assert [line.startswith("rheo: ") for line in errors if line.startswith("rheo")] == [True] * 3
     assert any("2048 positions" in line for line in errors)
     assert any("no model directory ./nowhere" in line for line in errors)
+
+
+# ---- on the packaged recall model
+
+
+@pytest.fixture
+def nothing_installed(tmp_path, monkeypatch):
+    """Neither Gemma's packages nor what was made of them before."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setitem(sys.modules, loader._PACKAGE, None)
+
+
+def test_native_answers_where_gemma_cannot_be_had(nothing_installed, capsys):
+    """No model is named: one line says which one runs, and how to have the other; the answers can be read."""
+    assert main(["demo", "--short", "--context", "1024", "--device", "cpu"]) == 0
+    shown = capsys.readouterr()
+    notes = [line for line in shown.err.splitlines() if line.startswith("rheo demo: ")]
+    assert len(notes) == 1 and "native" in notes[0] and "pip install 'rheo-offload[demo]'" in notes[0]
+    answers = [line for line in shown.out.splitlines() if " -> " in line]
+    assert len(answers) > 20 and sum(line.endswith("]  right") for line in answers) >= 0.95 * len(answers)
+    assert all(line.startswith("  ? n") for line in answers)
+    assert f"of {len(answers)} answers are right" in shown.out and "hit rate" in shown.out
+    assert "Blocks were evicted and loaded again" in shown.out
+
+
+def test_gemma_by_its_name_is_not_replaced(nothing_installed, capsys):
+    assert main(["demo", "--short", "--model", "gemma3-270m"]) == 2
+    assert "rheo-offload[demo]" in capsys.readouterr().err
+
+
+def run_native(*more):
+    return main(["demo", "--model", "native", "--device", "cpu", "--context", "1024", *more])
+
+
+def test_native_fails_on_wrong_answers(capsys, monkeypatch):
+    """Every twentieth answer may be wrong, more not; what would have been right is shown."""
+    monkeypatch.setattr(demo_native, "nothing_moved", lambda stats: [])
+    ask = demo_native.ask
+
+    def spoilt(model, ids, layout):
+        for i, (question, answer) in enumerate(ask(model, ids, layout)):
+            yield question, answer if i % 8 else answer[::-1]
+
+    monkeypatch.setattr(demo_native, "ask", spoilt)
+    assert run_native() == 1
+    shown = capsys.readouterr()
+    assert "fewer than 95%" in shown.err
+    wrong = [line for line in shown.out.splitlines() if " -> ]" in line]
+    assert wrong and all("wrong: it is " in line and line.endswith(" ]") for line in wrong)
+
+
+def test_native_fails_where_no_block_moves(capsys):
+    assert run_native("--budget", "1024") == 1
+    assert "0 blocks evicted, 0 loaded again" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("more", "reason"),
+    [
+        (("--depth", "0.5"), "--depth has no effect on native"),
+        (("--max-new-tokens", "32"), "--max-new-tokens has no effect on native"),
+        (("--context", "40000"), "32768 positions"),
+    ],
+)
+def test_native_refuses(capsys, more, reason):
+    assert run_native(*more) == 2
+    assert reason in capsys.readouterr().err
+
+
+def test_native_sizes_and_overrides():
+    def config_of(*argv):
+        return demo_native.native_config(arguments("--model", "native", *argv))
+
+    context, config = config_of()
+    assert (context, config.selection.method, config.selection.token_budget) == (8192, "nosa", 512)
+    assert (config.cache.block_size, config.cache.device_memory) == (32, "floor")
+    context, config = config_of("--short", "--budget", "256", "cache.capacity_ratio=2")
+    assert (context, config.selection.token_budget, config.cache.capacity_ratio) == (2048, 256, 2)
+    _, config = config_of("--config", "streaming")
+    assert (config.selection.method, config.selection.token_budget) == ("streaming", 512)

@@ -110,17 +110,48 @@ def test_package_data_covers_the_configurations():
     assert list((ROOT / "rheo_offload" / "configs").glob("*.yaml"))
 
 
+def make_demo(home, **commands):
+    """Run `make demo` where the environment's commands are these shell scripts."""
+    for name in ("Makefile", "constraints.txt", "pyproject.toml"):
+        (home / name).write_text((ROOT / name).read_text())
+    (home / ".venv/bin").mkdir(parents=True)
+    for name, script in commands.items():
+        file = home / ".venv/bin" / name
+        file.write_text(f"#!/bin/sh\n{script}\n")
+        file.chmod(0o755)
+    return subprocess.run(["make", "demo"], cwd=home, capture_output=True, text=True, check=False)
+
+
 def test_make_demo_without_an_index_says_how_to_do_without(tmp_path):
     """No package can be had: one plain message names what is missing and the way round it."""
-    for name in ("Makefile", "constraints.txt", "pyproject.toml"):
-        (tmp_path / name).write_text((ROOT / name).read_text())
-    python = tmp_path / ".venv/bin/python"
-    python.parent.mkdir(parents=True)
-    python.write_text("#!/bin/sh\necho 'ERROR: no index' >&2\nexit 1\n")
-    python.chmod(0o755)
-    done = subprocess.run(["make", "demo"], cwd=tmp_path, capture_output=True, text=True, check=False)
+    done = make_demo(tmp_path, python="echo 'ERROR: no index' >&2; exit 1")
     assert done.returncode != 0
     assert "Could not get torch==" in done.stderr and "make demo MODEL=DIR" in done.stderr
+
+
+TORCH_ONLY = 'case "$*" in *torch==*) ;; *) exit 1;; esac'
+NO_EXTRA = 'case "$*" in *demo*) exit 1;; esac'
+RHEO = 'echo "rheo $*"'
+
+
+@pytest.mark.parametrize("python", [TORCH_ONLY, NO_EXTRA])
+def test_make_demo_goes_on_without_its_extra(tmp_path, python):
+    """Gemma's packages cannot be had; the rest is installed already, or can be."""
+    done = make_demo(tmp_path, python=python, rheo=RHEO)
+    assert done.returncode == 0 and done.stdout.splitlines()[-1] == "rheo demo"
+    assert "Could not get the packages of the [demo] extra" in done.stderr
+    assert not (tmp_path / ".venv/.demo").exists(), "the next run tries again"
+
+
+def test_make_demo_needs_this_package(tmp_path):
+    done = make_demo(tmp_path, python=TORCH_ONLY)
+    assert done.returncode != 0 and "Could not get this package" in done.stderr
+
+
+def test_make_demo_takes_the_extra_where_it_can(tmp_path):
+    done = make_demo(tmp_path, python="exit 0", rheo=RHEO)
+    assert done.returncode == 0 and "Could not" not in done.stderr
+    assert (tmp_path / ".venv/.demo").exists()
 
 
 def test_make_demo_takes_a_local_model():

@@ -1,4 +1,7 @@
-"""`rheo demo`: a real model finds a fact in a long text while most of its KV cache stays in host memory."""
+"""`rheo demo`: a real model finds a fact in a long text while most of its KV cache stays in host memory.
+
+Where that model, Gemma 3 270M, cannot be had, the small `native` of this package answers questions (`demo_native.py`).
+"""
 
 import argparse
 import sys
@@ -23,8 +26,8 @@ def add_parser(subparsers: Any) -> None:
     )
     parser.add_argument(
         "--model",
-        default="gemma3-270m",
-        help="local directory or hub id (default: gemma3-270m, from its Python packages)",
+        help="local directory or hub id, gemma3-270m, or native, the recall model that comes with this package "
+        "(default: gemma3-270m where its Python packages are installed, else native)",
     )
     parser.add_argument("--gguf", metavar="FILE", help="GGUF file inside that directory")
     parser.add_argument("--short", action="store_true", help="2048 tokens of text and a budget of 512")
@@ -33,12 +36,11 @@ def add_parser(subparsers: Any) -> None:
         "--budget",
         type=at_least(64),
         metavar="N",
-        help="tokens attended per KV head and step (default: 2048)",
+        help="tokens attended per KV head and step (default: 2048; native: 512)",
     )
-    parser.add_argument(
-        "--depth", type=float, default=0.5, help="where the fact stands, 0 to 1 (default: 0.5)"
-    )
-    parser.add_argument("--max-new-tokens", type=at_least(8), default=32, metavar="N", help="default: 32")
+    # No defaults here: on native, which these two do not apply to, they are refused when given.
+    parser.add_argument("--depth", type=float, help="where the fact stands, 0 to 1 (default: 0.5)")
+    parser.add_argument("--max-new-tokens", type=at_least(8), metavar="N", help="default: 32")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
     parser.add_argument("--dtype", choices=("auto", "float32", "bfloat16", "float16"), default="auto")
     add_config_options(parser)
@@ -66,32 +68,50 @@ def demo_config(args: argparse.Namespace) -> tuple[int, RheoConfig]:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Run the demo; return 0, or 1 when the answer is wrong or no block moved."""
+    """Choose the model and run the demo on it; return 0, or 1 when an answer is wrong or no block moved."""
+    from rheo_offload.cli.demo_native import run_native
+    from rheo_offload.model.loader import NATIVE_MODEL, default_model
+
+    if args.model is None:
+        args.model = default_model()
+        if args.model == NATIVE_MODEL:
+            print(
+                "rheo demo: Gemma 3 270M is not installed, so this runs on native, the small model that comes with "
+                "this package; for Gemma: pip install 'rheo-offload[demo]'",
+                file=sys.stderr,
+            )
+    return run_native(args) if args.model == NATIVE_MODEL else run_needle(args)
+
+
+def run_needle(args: argparse.Namespace) -> int:
+    """Let a model of language find one fact."""
     context, config = demo_config(args)
-    if not 0 <= args.depth <= 1:
-        raise RheoError(f"--depth must be between 0 and 1, not {args.depth}")
+    depth = 0.5 if args.depth is None else args.depth
+    new_tokens = 32 if args.max_new_tokens is None else args.max_new_tokens
+    if not 0 <= depth <= 1:
+        raise RheoError(f"--depth must be between 0 and 1, not {depth}")
     from rheo_offload import offload
     from rheo_offload.eval.needle import needle_prompt
     from rheo_offload.model.loader import load
 
     model, tokenizer = load(args.model, gguf=args.gguf, dtype=args.dtype, device=args.device)
     positions = max_positions(model.config)
-    if positions is not None and context + args.max_new_tokens > positions:
+    if positions is not None and context + new_tokens > positions:
         raise RheoError(
-            f"--context {context} + {args.max_new_tokens} new tokens exceed the model's {positions} positions"
+            f"--context {context} + {new_tokens} new tokens exceed the model's {positions} positions"
         )
-    prompt = needle_prompt(tokenizer, context, args.depth)
+    prompt = needle_prompt(tokenizer, context, depth)
     offload(model, config)
     question = tokenizer.decode(prompt.ids[0, -prompt.question_tokens :])
     dtype = str(model.dtype).removeprefix("torch.")
     print(f"{args.model} on {model.device}, {dtype}: {context:,} tokens of text, and in them at depth")
-    print(f'{args.depth} "{question} {prompt.answer}." Each step attends to at most')
+    print(f'{depth} "{question} {prompt.answer}." Each step attends to at most')
     print(
         f"{config.selection.token_budget:,} tokens per KV head. The model goes on:\n\n> {question}",
         end="",
         flush=True,
     )
-    continuation = answer(model, tokenizer, prompt, args.max_new_tokens)
+    continuation = answer(model, tokenizer, prompt, new_tokens)
     stats = model.rheo.stats()
     print(f"\n{stats.table()}\n")
     problems = problems_of(prompt.found(continuation), prompt.answer, stats)
@@ -127,12 +147,15 @@ def show_progress(done_tokens: int, total_tokens: int) -> None:
 
 def problems_of(found: bool, code: str, stats: Any) -> list[str]:
     """Return what went wrong, one sentence each."""
-    problems = []
-    if not found:
-        problems.append(f"the answer is wrong: the text says {code}")
+    wrong = [] if found else [f"the answer is wrong: the text says {code}"]
+    return wrong + nothing_moved(stats)
+
+
+def nothing_moved(stats: Any) -> list[str]:
+    """Return a sentence if no block was evicted, or none loaded again."""
     if stats.evicted_blocks == 0 or stats.miss_blocks == 0:
-        problems.append(
+        return [
             f"nothing was offloaded in earnest: {stats.evicted_blocks} blocks evicted, {stats.miss_blocks} "
             "loaded again; use a longer --context or a smaller --budget"
-        )
-    return problems
+        ]
+    return []

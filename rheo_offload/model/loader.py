@@ -20,6 +20,7 @@ from rheo_offload.model.gguf_tokenizer import load_gguf_tokenizer
 __all__ = [
     "NATIVE_MODEL",
     "PACKAGED_MODEL",
+    "default_model",
     "load",
     "load_tokenizer",
     "model_folder",
@@ -131,6 +132,18 @@ def model_folder(model: str, models_dir: Path = MODELS_DIR) -> str:
     return model
 
 
+def default_model(models_dir: Path = MODELS_DIR) -> str:
+    """Return what a demo runs that names no model: Gemma 3 270M where `load` can have it, else `native`."""
+    if Path(PACKAGED_MODEL).is_dir() or (models_dir / PACKAGED_MODEL / "config.json").is_file():
+        return PACKAGED_MODEL
+    try:
+        _import_package()
+        _check_gguf_packages()
+    except RheoError:
+        return NATIVE_MODEL
+    return PACKAGED_MODEL
+
+
 def own_config(model: str) -> RheoConfig | None:
     """Return the configuration that a model's directory brings as `rheo.yaml`; None where it brings none.
 
@@ -237,12 +250,16 @@ def _check_gguf(model: str, gguf: str) -> Path:
         raise RheoError(
             f"there is no GGUF file {path}; give the directory as the model and the file's name as gguf"
         )
+    _check_gguf_packages()
+    return path
+
+
+def _check_gguf_packages() -> None:
     for package in ("gguf", "accelerate"):
         try:
             importlib.import_module(package)
         except ImportError as error:
             raise RheoError(_GGUF_EXTRA) from error
-    return path
 
 
 def _load_model(model: str, gguf: str | None, dtype: torch.dtype) -> PreTrainedModel:

@@ -252,6 +252,8 @@ def test_a_tiny_run_lowers_the_loss_and_leaves_a_loadable_model(tmp_path, capsys
     results = trainer.results()
     assert set(results["accuracy"]) == {"dense", "infllm_v2", "nosa"}
     assert json.loads(json.dumps(results)) == results
+    named = {"block_size": 16, "budget_tokens": 128, "window_stride": 4, "sink_blocks": 1, "recent_blocks": 2}
+    assert results.items() >= (named | {"query_agnostic_blocks": 2, "query_agnostic_share": 0.4}).items()
     again = train_native.Trainer(train_native.parse([*argv, "--resume", str(tmp_path / "weights.pt")]))
     rounded = train_native.Trainer(
         train_native.parse([*argv, "--resume", str(tmp_path / "model.safetensors")])

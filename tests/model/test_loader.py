@@ -180,3 +180,17 @@ def test_damaged_package_leaves_nothing_behind(tmp_path, monkeypatch):
     with pytest.raises(RheoError, match="install them again"):
         prepare_packaged_model(tmp_path / "models")
     assert list((tmp_path / "models").iterdir()) == []
+
+
+def test_the_model_of_a_demo_that_names_none(tmp_path, monkeypatch):
+    """Gemma where it can be had, packaged or converted before, else the one that is always there."""
+    monkeypatch.setitem(sys.modules, loader._PACKAGE, FakePackage(tmp_path / "package"))
+    assert loader.default_model(tmp_path) == "gemma3-270m"
+    with monkeypatch.context() as bare:
+        bare.setitem(sys.modules, "gguf", None)
+        assert loader.default_model(tmp_path) == "native", "the packages alone cannot be read"
+    monkeypatch.setitem(sys.modules, loader._PACKAGE, None)
+    assert loader.default_model(tmp_path) == "native"
+    (tmp_path / "gemma3-270m").mkdir()
+    (tmp_path / "gemma3-270m" / "config.json").write_text("{}")
+    assert loader.default_model(tmp_path) == "gemma3-270m"

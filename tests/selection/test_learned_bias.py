@@ -348,13 +348,17 @@ def test_eviction_changes_speed_only(weights, method, dense):
 def test_heads_that_do_not_fit_are_refused_and_nothing_is_changed(weights):
     for family, overrides, reason in (
         ("qwen3", {}, "model_type llama"),
-        ("llama", {"head_dim": 8}, "head_dim 16"),
+        ("llama", {"head_dim": 8}, "head_dim 16, the model has 8"),
+        ("llama", {"num_hidden_layers": 3}, "num_layers 2, the model has 3"),
+        ("llama", {"num_key_value_heads": 4}, "num_kv_heads 2, the model has 4"),
     ):
         model = tiny_model(family, **overrides)
         before = model.config._attn_implementation
+        tokens = greedy(model, prompt(40), new=8)
         with pytest.raises(HeadsError, match=reason):
             offload(model, config_of("nosa", weights))
         assert not hasattr(model, "rheo") and model.config._attn_implementation == before
+        assert torch.equal(greedy(model, prompt(40), new=8), tokens)
     with pytest.raises(HeadsError, match=r"selection\.params\.weights names no file"):
         offload(tiny_model("llama"), config_of("dma", None))
 
