@@ -169,6 +169,8 @@ class AuditConfig:
 
     every: int = 256
     """Decode steps between two measurements of the captured attention mass, each of one row; 0 = never."""
+    logits: bool = False
+    """Also measure the KL of the next token to dense decoding: a second forward of the measured row's token."""
     raise_below: float = 0.0
     """Layers whose measured mass is below this get half as many blocks more, up to what the pool holds; 0 = never."""
 
@@ -178,6 +180,7 @@ class AuditConfig:
         below = self.raise_below
         require(0 <= below < 1, "audit.raise_below", "at least 0 and below 1", below)
         require(not below or self.every > 0, "audit.every", "above 0 for audit.raise_below", self.every)
+        require(not self.logits or self.every > 0, "audit.every", "above 0 for audit.logits", self.every)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -41,6 +41,8 @@ class Row:
     captured_mass_min: float | None = None
     output_error_mean: float | None = None
     output_error_max: float | None = None
+    logit_kl_mean: float | None = None
+    logit_kl_max: float | None = None
     selected_blocks: int | None = None
     miss_blocks: int | None = None
     evicted_blocks: int | None = None

@@ -2,7 +2,8 @@
 
 mass = exp(lse_selected - lse_all) per query head; both are natural-log, without sinks. The output error is the relative
 L2 distance of the layer's attention output, all heads of the row together, from that over every key. Attending to
-everything reads a whole row from the host, so an audited step takes one row, and the next one the next row.
+everything reads a whole row from the host, so an audited step takes one row, and the next one the next row. With
+`audit.logits` the row's token also runs through the model a second time (`model/audit_logits.py`).
 """
 
 import torch
@@ -13,7 +14,7 @@ from rheo_offload.metrics.stats import LayerAudit
 
 
 class Audit:
-    """Accumulates captured mass and output error per layer, on the device."""
+    """Accumulates captured mass and output error per layer, and the KL of the logits, on the device."""
 
     def __init__(self, every: int, device: torch.device) -> None:
         self.every, self.device = every, device
@@ -22,6 +23,7 @@ class Audit:
         self._totals: dict[
             int, torch.Tensor
         ] = {}  # layer -> how many, sum of masses, smallest, sum of errors, largest
+        self._logits: torch.Tensor | None = None  # how many, sum of KL, largest
         self._latest: dict[int, torch.Tensor] = {}  # layer -> mass of the last audited row
         self._fetched: tuple[list[int], torch.Tensor, Event] | None = None
 
@@ -65,6 +67,29 @@ class Audit:
             ]
         )
         self._latest[i] = torch.where(present > 0, mass.mean(), 1.0)
+
+    def record_logits(self, dense: torch.Tensor, sparse: torch.Tensor, present: torch.Tensor) -> None:
+        """Add the KL(dense || sparse) of one row's next token.
+
+        Args:
+            dense: logits [V] of decoding with every layer attending to everything.
+            sparse: logits [V] of the step.
+            present: bool, whether the row took part.
+        """
+        if self._logits is None:
+            self._logits = torch.zeros(3, dtype=torch.float64, device=self.device)
+        p, q = (torch.log_softmax(logits.double(), -1) for logits in (dense, sparse))
+        # a token that neither may choose (-inf) adds nothing; rounding can leave the sum a little below 0
+        kl = torch.where(p > -torch.inf, p.exp() * (p - q), 0.0).sum().clamp(min=0)
+        counted = present & ~kl.isnan()  # logits that are not finite stop the run, not the figures
+        kl = torch.where(counted, kl, 0.0)
+        count, total, high = self._logits
+        self._logits = torch.stack([count + counted, total + kl, torch.maximum(high, kl)])
+
+    def logit_kl(self) -> tuple[int, float | None, float | None]:
+        """Return how many rows' logits were measured, and mean and largest KL in nats. Waits for the device."""
+        count, total, high = [0.0] * 3 if self._logits is None else self._logits.tolist()
+        return (int(count), total / count, high) if count else (0, None, None)
 
     def per_layer(self) -> list[LayerAudit]:
         """Return the figures of every audited layer. Waits for the device."""

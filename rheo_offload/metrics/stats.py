@@ -62,6 +62,11 @@ class Stats:
     output_error_mean: float | None = None
     """Relative L2 distance of the audited attention outputs from those over all keys, mean over layers."""
     output_error_max: float | None = None
+    logit_kl_mean: float | None = None
+    """KL(dense || sparse) of the next token in nats, over the audited rows; None without `audit.logits`."""
+    logit_kl_max: float | None = None
+    audited_logits: int = 0
+    """Rows whose next-token distribution was compared with that of dense decoding."""
     layers: tuple[LayerAudit, ...] = ()
     """What was audited, layer by layer."""
     raised_budgets: dict[int, int] = field(default_factory=dict)
@@ -96,6 +101,10 @@ class Stats:
             ("attended per KV head and step, mean", _blocks(self.selected_blocks_mean)),
             ("budget / capacity per KV head", f"{self.block_budget} / {self.capacity_blocks} blocks"),
         ]  # fmt: skip
+        if self.logit_kl_mean is not None:
+            rows.append(
+                ("logit KL to dense, mean / max", f"{self.logit_kl_mean:.3g} / {self.logit_kl_max:.3g} nats")
+            )
         if self.raised_budgets:
             raised = ", ".join(f"{i}: {blocks}" for i, blocks in self.raised_budgets.items())
             rows.append(("layers with a larger budget", raised))

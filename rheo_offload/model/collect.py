@@ -26,7 +26,7 @@ def collect_stats(cache: RheoCache, specs: Sequence[LayerSpec]) -> Stats:
         for purpose, blocks in zip(TRAFFIC, layer.traffic.tolist(), strict=True):
             blocks_read[purpose] += blocks * layer.layout.block_bytes
     selected, hits, forced, forced_hits, evictions = counters.tolist()
-    audited = ex.audit.per_layer()
+    audited, (audited_logits, kl_mean, kl_max) = ex.audit.per_layer(), ex.audit.logit_kl()
     gaps = np.array(clock.gaps) * 1e3
     seconds = clock.last - clock.first if clock.first is not None else 0.0
     token_bytes = sum(2 * s.num_kv_heads * s.head_dim for s in specs) * kv.dtype.itemsize
@@ -55,6 +55,9 @@ def collect_stats(cache: RheoCache, specs: Sequence[LayerSpec]) -> Stats:
         captured_mass_min=min(a.captured_mass_min for a in audited) if audited else None,
         output_error_mean=float(np.mean([a.output_error_mean for a in audited])) if audited else None,
         output_error_max=max(a.output_error_max for a in audited) if audited else None,
+        logit_kl_mean=kl_mean,
+        logit_kl_max=kl_max,
+        audited_logits=audited_logits,
         layers=tuple(audited),
         raised_budgets={i: ex.raised.blocks_of(kv.full[i], ex.policy) for i in ex.raised.layers},
         audited_steps=ex.audit.steps,

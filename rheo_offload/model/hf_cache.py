@@ -13,6 +13,7 @@ import torch
 from transformers.cache_utils import Cache, CacheLayerMixin
 
 from rheo_offload.errors import CacheError
+from rheo_offload.execution.dense_again import attend_again
 from rheo_offload.execution.executor import Executor
 from rheo_offload.metrics.clock import RunClock
 from rheo_offload.model.padding import left_padding
@@ -93,6 +94,8 @@ class RheoCache(Cache):
         self.padding: list[int] = []
         self._rows: slice | None = None  # set while one row of the batch is prefilled alone
         self._driven: int | None = None  # set while a Stepper runs a step over that many rows
+        self._audited = 0  # rows of the audited step whose logits are not compared yet
+        self._again: tuple[slice, int] | None = None  # set while a row attends to everything
         self._closed = False
         self.stepper: Any = None
         """The captured steps over this cache (`stepper.Stepper`), once something was generated."""
@@ -142,6 +145,8 @@ class RheoCache(Cache):
 
     def attend(self, layer_idx: int, call: AttentionCall, mask: torch.Tensor | None) -> torch.Tensor:
         """Store and attend one layer of a forward: returns [B, Hq, Q, D]."""
+        if self._again is not None:
+            return attend_again(self.executor, layer_idx, call, *self._again)
         if layer_idx == 0:
             self._begin(call, mask)
         return self.executor.forward(layer_idx, call)
@@ -155,13 +160,29 @@ class RheoCache(Cache):
         finally:
             self._driven = None
 
+    def take_audited(self) -> int:
+        """Return how many rows the decode step that just ran covers if it is audited, once; else 0."""
+        rows, self._audited = self._audited, 0
+        return rows
+
+    @contextmanager
+    def attended_densely(self, row: slice, rows: int) -> Iterator[None]:
+        """Let a forward repeat the last step, over `rows` rows, for `row` alone: dense everywhere, storing nothing."""
+        self._again = row, rows
+        try:
+            yield
+        finally:
+            self._again = None
+
     def _begin(self, call: AttentionCall, mask: torch.Tensor | None) -> None:
         if self._driven is not None:
             self.executor.begin_decode_on_device(self._driven)
+            self._audited = self._driven if self.executor.audit_now else 0
             return
         batch, tokens = call.k.shape[0], call.k.shape[2]
         rows = self._rows or slice(0, batch)
         ex = self.open(batch, tokens, call.k.dtype, call.k.device)
+        self._audited = 0
         if not ex.between_forwards:
             raise CacheError("an earlier forward stopped half-way and layers disagree; start a new cache")
         if self._rows is None and batch != ex.cache.rows:
@@ -175,6 +196,7 @@ class RheoCache(Cache):
                     f"attention_mask must be [{batch}, {self.hf_length + 1}], not {list(mask.shape)}"
                 )
             ex.begin_decode()
+            self._audited = batch if ex.audit_now else 0
         else:
             if self._rows is None:
                 self._set_padding(mask, batch, self.hf_length + tokens)

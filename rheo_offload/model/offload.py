@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 
 from rheo_offload.cache.host_store import HostStore, host_budget
@@ -23,6 +24,7 @@ from rheo_offload.errors import CacheError, ConfigError, DeviceMemoryError, Unsu
 from rheo_offload.execution.executor import STAGE_BLOCKS, STAGE_BYTES, Executor
 from rheo_offload.metrics.stats import Stats
 from rheo_offload.model import attention_hook
+from rheo_offload.model.audit_logits import watch_logits
 from rheo_offload.model.collect import collect_stats
 from rheo_offload.model.fused import FusedReport, fuse_as_configured, unfuse
 from rheo_offload.model.gates import load_gates
@@ -75,6 +77,7 @@ class RheoHandle:
         self.original_attention = original_attention
         self.max_positions = max_positions(model.config)
         self.fused: FusedReport | None = None
+        self.logits_watch: RemovableHandle | None = None
         self._store: HostStore | None = None
         self._caches: weakref.WeakSet[RheoCache] = weakref.WeakSet()
         self._last: RheoCache | None = None
@@ -93,6 +96,11 @@ class RheoHandle:
             raise ConfigError(
                 "audit.raise_below gives layers budgets of their own, and selections that serve several layers or "
                 "steps have one; set audit.raise_below=0, or reuse nothing"
+            )
+        if config.audit.logits and model.get_output_embeddings() is None:
+            raise ConfigError(
+                f"audit.logits compares distributions of the next token, and a {type(model).__name__} has none; "
+                "set audit.logits=false, or load the model with its language head"
             )
         if self._reuse and self._mean_values:
             raise ConfigError(
@@ -387,6 +395,8 @@ def offload(
         if check:
             self_test(model, handle.specs)
         handle.attach_heads()
+        if config.audit.logits:
+            handle.logits_watch = watch_logits(model)
     except BaseException:
         unfuse(model)
         model.set_attn_implementation(original)
@@ -416,6 +426,8 @@ def restore(model: PreTrainedModel) -> PreTrainedModel:
         return model
     model.__dict__.pop("generate", None)
     handle.close()
+    if handle.logits_watch is not None:
+        handle.logits_watch.remove()
     detach_heads(model)
     unfuse(model)
     model.set_attn_implementation(handle.original_attention)

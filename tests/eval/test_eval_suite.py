@@ -47,7 +47,8 @@ def finished(model_dir, tmp_path_factory):
     out = tmp_path_factory.mktemp("finished")
     methods = ["--methods", "mean_key,streaming", "--budgets", "128,1024"]
     tasks = ["--tasks", "needle,ruler,long_generation,perplexity,kl"]
-    assert evaluate(model_dir, out, *tasks, *methods, "streaming:selection.sink_blocks=2") == 0
+    own = ["streaming:selection.sink_blocks=2", "streaming:audit.logits=true"]
+    assert evaluate(model_dir, out, *tasks, *methods, *own) == 0
     return out
 
 
@@ -68,6 +69,11 @@ def test_rows_count_what_moved(finished):
             continue
         assert row["decode_steps"] > 0 and 0 < row["captured_mass_mean"] <= 1 + 1e-6
         assert 0 <= row["output_error_mean"] <= row["output_error_max"]
+        if row["method"] == "streaming":
+            assert 0 <= row["logit_kl_mean"] <= row["logit_kl_max"]
+            assert (row["logit_kl_max"] > 1e-4) == (row["token_budget"] == 128)
+        else:
+            assert row["logit_kl_mean"] is None, "not asked for"
         assert (row["dense_question"] is not None) == (row["task"] in ("needle", "ruler"))
         moved = row["evicted_blocks"] > 0 and row["miss_blocks"] > 0
         assert row["valid"] is moved and (row["invalid_because"] is None) is moved
