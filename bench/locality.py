@@ -44,8 +44,8 @@ class Grid:
 
     block_sizes: Sequence[int] = (32, 64)
     """Tokens; each a multiple of what was captured."""
-    budgets: Sequence[int] = (16, 32)
-    """Blocks."""
+    token_budgets: Sequence[int] = (512, 1024, 2048)
+    """Tokens; each is replayed in as many blocks of every size as it holds."""
     shares: Sequence[float] = (0.0, 0.25, 0.5, 0.75)
     heats: Sequence[Heat] = tuple(
         Heat(s, d)
@@ -157,9 +157,9 @@ def replay_text(samples: Mapping[int, Sample], grid: Grid, *, itemsize: int) -> 
     for block_size in grid.block_sizes:
         streams = streams_of(samples, block_size=block_size, itemsize=itemsize)
         _check(streams, grid)
-        for blocks in grid.budgets:
+        for tokens in grid.token_budgets:
             for share in grid.shares:
-                policy = policy_of(blocks, share)
+                policy = policy_of(tokens // block_size, share)
                 heats = grid.heats if policy.agnostic_blocks else grid.heats[:1]
                 found = walk(streams, policy, heats)
                 for v, heat in enumerate(heats):
@@ -176,7 +176,7 @@ def policy_of(blocks: int, share: float) -> Policy:
 
 
 def _check(streams: Streams, grid: Grid) -> None:
-    largest = capacity_slots(max(grid.budgets), max(grid.capacities))
+    largest = capacity_slots(max(grid.token_budgets) // streams.block_size, max(grid.capacities))
     if streams.prompt_blocks < largest:
         raise ValueError(
             f"the prompt has {streams.prompt_blocks} blocks of {streams.block_size}, and the largest pool {largest} "

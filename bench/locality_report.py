@@ -115,7 +115,7 @@ def _table(
 
 
 def draw(rows: list[Record], folder: Path) -> Path | None:
-    """Draw recall over misses for the largest budget, a panel per text and a line per heat and pool.
+    """Draw recall over misses, a panel per text and a line per heat and pool: the largest budget, its smallest blocks.
 
     Returns:
         The file, or None without matplotlib.
@@ -124,7 +124,7 @@ def draw(rows: list[Record], folder: Path) -> Path | None:
         figure_class = importlib.import_module("matplotlib.figure").Figure
     except ImportError:
         return None
-    size, blocks = max(r["shape"] for r in rows)
+    size, blocks = max((r["shape"] for r in rows), key=lambda shape: (shape[0] * shape[1], -shape[0]))
     rows = [r for r in rows if r["shape"] == (size, blocks) and r["decay"] in (DECAY, None)]
     texts = list(dict.fromkeys(r["fill"] for r in rows))
     columns = min(3, len(texts))

@@ -26,7 +26,7 @@ HIT_RATE = 0.98
 RECALL_KEPT = 0.99
 """... with this much of the recall that the same budget has without a query-agnostic share."""
 DEFAULT_TEXTS = ("prose-reference", "code-modules", "json-log")
-QUICK = {"prompt_tokens": 1024, "steps": 64, "skip": 16, "budgets": [8], "texts": ["prose-reference"]}
+QUICK = {"prompt_tokens": 1024, "steps": 64, "skip": 16, "token_budgets": [512], "texts": ["prose-reference"]}
 
 
 def capture_text(
@@ -111,7 +111,7 @@ def run_locality(
 def _grid(args: argparse.Namespace) -> Grid:
     heats = [Heat(source, decay) for source in ("scores", "attention") for decay in args.decays]
     return Grid(
-        block_sizes=args.block_sizes, budgets=args.budgets, shares=sorted({0.0, *args.shares}), heats=heats,
+        block_sizes=args.block_sizes, token_budgets=args.token_budgets, shares=sorted({0.0, *args.shares}), heats=heats,
         capacities=args.capacities, skip=args.skip,
     )  # fmt: skip
 
@@ -128,8 +128,10 @@ def settings_of(args: argparse.Namespace) -> dict[str, object]:
         raise ValueError(f"unknown texts: {', '.join(unknown)}; known: {', '.join(TEXTS)}")
     if not 0 <= args.skip < args.steps:
         raise ValueError(f"--skip {args.skip} leaves nothing of --steps {args.steps}")
-    if min(args.budgets) < 4 or not all(0 <= x <= 1 for x in (*args.shares, *args.decays)):
-        raise ValueError("--budgets must be at least 4 blocks, --shares and --decays between 0 and 1")
+    if min(args.token_budgets) < 4 * max(args.block_sizes):
+        raise ValueError("--token-budgets must be at least 4 blocks of every size")
+    if not all(0 <= x <= 1 for x in (*args.shares, *args.decays)):
+        raise ValueError("--shares and --decays must be between 0 and 1")
     if min(args.capacities) < 1:
         raise ValueError("--capacities must be at least 1.0: a pool holds what a step selects")
     if any(size % min(args.block_sizes) for size in args.block_sizes):
@@ -160,7 +162,7 @@ def add_parser(suites: Any, common: argparse.ArgumentParser, run: Callable[..., 
     for name, kind, default, unit in (
         ("texts", str, DEFAULT_TEXTS, "TEXT"),
         ("block-sizes", int, grid.block_sizes, "TOKENS"),
-        ("budgets", int, grid.budgets, "BLOCKS"),
+        ("token-budgets", int, grid.token_budgets, "TOKENS"),
         ("shares", float, grid.shares, "SHARE"),
         ("decays", float, (0.9, 0.98, 1.0), "FACTOR"),
         ("capacities", float, grid.capacities, "RATIO"),

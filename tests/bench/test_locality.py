@@ -18,8 +18,8 @@ from tests.helpers.tiny_model import tiny_model
 
 PROMPT, STEPS, BLOCK = 320, 64, 16
 GRID = Grid(
-    block_sizes=(16, 32), budgets=(4, 6), shares=(0.0, 0.5), heats=(Heat("scores", 0.9), Heat("attention", 0.98)),
-    capacities=(1.0, 1.25, 1.5), skip=16,
+    block_sizes=(16, 32), token_budgets=(128, 192), shares=(0.0, 0.5),
+    heats=(Heat("scores", 0.9), Heat("attention", 0.98)), capacities=(1.0, 1.25, 1.5), skip=16,
 )  # fmt: skip
 
 
@@ -152,7 +152,7 @@ def test_the_same_text_gives_the_same_numbers(samples, results):
 @pytest.mark.parametrize(
     ("grid", "message"),
     [
-        (replace(GRID, budgets=(16,)), "largest pool 24 slots"),
+        (replace(GRID, token_budgets=(256,)), "largest pool 24 slots"),
         (replace(GRID, skip=STEPS), "leaves nothing of 64"),
         (replace(GRID, block_sizes=(24,)), "not whole blocks of 24"),
     ],
@@ -205,7 +205,7 @@ def test_the_figure_is_drawn_where_matplotlib_is(tmp_path, model_dir):
     [
         (["--texts", "poems"], "unknown texts: poems"),
         (["--skip", "192"], "leaves nothing"),
-        (["--budgets", "2"], "at least 4 blocks"),
+        (["--token-budgets", "192"], "at least 4 blocks"),
         (["--decays", "1.5"], "between 0 and 1"),
         (["--capacities", "0.5"], "at least 1.0"),
         (["--block-sizes", "32,48"], "multiples of the smallest"),
