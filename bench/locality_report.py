@@ -139,13 +139,14 @@ def draw(rows: list[Record], folder: Path) -> Path | None:
     method, size, blocks = shape
     rows = [r for r in rows if r["shape"] == shape and r["decay"] in (DECAY, None)]
     texts = list(dict.fromkeys(r["fill"] for r in rows))
-    columns = min(3, len(texts))
+    columns = 2 if len(texts) == 4 else min(3, len(texts))
     lines = -(-len(texts) // columns)
     figure = figure_class(figsize=(4.3 * columns, 1.2 + 3.2 * lines), layout="constrained")
     grid = figure.subplots(lines, columns, squeeze=False).flat
     for axes, text in zip(grid, texts, strict=False):
         _panel(axes, [r for r in rows if r["fill"] == text])
         axes.set(title=text, xscale="log")
+        axes.tick_params(axis="x", which="minor", labelbottom=False)  # they overlap
     figure.legend(*grid[0].get_legend_handles_labels(), loc="outside lower center", ncols=4, fontsize=7)
     figure.supylabel("recall of attention mass", fontsize=9)
     figure.suptitle(
