@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+from bench.locality_streams import MEAN_KEY
 from bench.schema import read_rows
 
 __all__ = ["FIGURE", "TABLE", "draw", "records", "tables", "write"]
@@ -13,11 +14,12 @@ __all__ = ["FIGURE", "TABLE", "draw", "records", "tables", "write"]
 TABLE, FIGURE = "table.md", "locality.png"
 SHARE, DECAY, CAPACITY, HEAT = 0.5, 0.98, 1.5, "scores"
 """Today's defaults, which the tables hold still while another setting changes."""
+CELL = "recall, hits, KiB a token, pointed attention (if any) found"
 Record = dict[str, Any]
 
 
 def records(folder: Path) -> list[Record]:
-    """Return the rows of a run with their settings as numbers: share, heat, decay (None without heat), capacity."""
+    """Return the rows of a run, and as numbers what their note says: share, decay, capacity, pointed (or None)."""
     found: list[Record] = []
     for row in read_rows(folder / "rows.csv"):
         said = dict(part.split("=") for part in str(row["note"]).split())
@@ -29,7 +31,8 @@ def records(folder: Path) -> list[Record]:
                 "capacity": float(said["capacity"]),
                 "decay": float(said["decay"]) if said["decay"] else None,
                 "heat": said["heat"],
-                "shape": (int(row["block_size"] or 0), blocks),
+                "pointed": float(said["pointed"]) if said.get("pointed") else None,
+                "shape": (str(row["method"]), int(row["block_size"] or 0), blocks),
             }
         )
     return found
@@ -49,32 +52,36 @@ def tables(rows: list[Record]) -> Iterator[str]:
     yield f"Cases (block size x budget) that meet the target, pool {CAPACITY:g}x:\n"
     yield from _table(
         [r for r in rows if r["capacity"] == CAPACITY],
-        label=lambda r: (r["heat"], r["decay"], r["share"]),
+        label=lambda r: (r["method"], r["heat"], r["decay"], r["share"]),
         cell=lambda found: f"{sum(r['target_met'] == 'true' for r in found)} of {len(found)}",
-        head="heat, decay, share",
+        head="method, heat, decay, share",
     )
-    for size, blocks in sorted({r["shape"] for r in rows}):
-        here = [r for r in rows if r["shape"] == (size, blocks)]
-        yield f"\n{blocks} blocks of {size} tokens, decay {DECAY:g}, pool {CAPACITY:g}x: recall, hits, KiB a token:\n"
-        yield from _table(
-            [r for r in here if r["capacity"] == CAPACITY and r["decay"] in (DECAY, None)],
-            label=lambda r: (r["heat"], r["share"]),
-            cell=_figures,
-            head="heat, share",
-        )
-        yield f"\nThe same, share {SHARE:g} by scores, over pool sizes: hits (without sink and recent blocks):\n"
-        yield from _table(
-            [r for r in here if _same(r, share=SHARE, heat=HEAT, decay=DECAY)],
-            label=lambda r: (r["capacity"],),
-            cell=lambda found: f"{found[0]['hit_rate']:.3f} ({found[0]['hit_rate_unforced']:.3f})",
-            head="pool",
-        )
-    yield f"\nDecay, share {SHARE:g}, pool {CAPACITY:g}x, mean over the above: recall, hits, KiB a token:\n"
+    for shape in sorted({r["shape"] for r in rows}):
+        yield from _shape_tables([r for r in rows if r["shape"] == shape], *shape)
+    yield f"\nDecay, share {SHARE:g}, pool {CAPACITY:g}x, mean over the above: {CELL}:\n"
     yield from _table(
         [r for r in rows if _same(r, share=SHARE, capacity=CAPACITY)],
-        label=lambda r: (r["heat"], r["decay"]),
+        label=lambda r: (r["method"], r["heat"], r["decay"]),
         cell=_figures,
-        head="heat, decay",
+        head="method, heat, decay",
+    )
+
+
+def _shape_tables(rows: list[Record], method: str, size: int, blocks: int) -> Iterator[str]:
+    """Yield the tables of one way to rank blocks, one block size and one budget."""
+    yield f"\n{method}, {blocks} blocks of {size} tokens, decay {DECAY:g}, pool {CAPACITY:g}x: {CELL}:\n"
+    yield from _table(
+        [r for r in rows if r["capacity"] == CAPACITY and r["decay"] in (DECAY, None)],
+        label=lambda r: (r["heat"], r["share"]),
+        cell=_figures,
+        head="heat, share",
+    )
+    yield f"\nThe same, share {SHARE:g} by scores, over pool sizes: hits (without sink and recent blocks):\n"
+    yield from _table(
+        [r for r in rows if _same(r, share=SHARE, heat=HEAT, decay=DECAY)],
+        label=lambda r: (r["capacity"],),
+        cell=lambda found: f"{found[0]['hit_rate']:.3f} ({found[0]['hit_rate_unforced']:.3f})",
+        head="pool",
     )
 
 
@@ -87,7 +94,9 @@ def _figures(found: list[Record]) -> str:
         sum(r[name] for r in found) / len(found) for name in ("captured_mass", "hit_rate", "bytes_moved")
     )
     met = all(r["target_met"] == "true" for r in found)
+    pointed = [r["pointed"] for r in found if r["pointed"] is not None]
     text = f"{recall:.3f}, {hits:.3f}, {moved / 1024:.0f}"
+    text += f", {sum(pointed) / len(pointed):.3f}" if pointed else ""
     return f"**{text}**" if met else text
 
 
@@ -115,7 +124,9 @@ def _table(
 
 
 def draw(rows: list[Record], folder: Path) -> Path | None:
-    """Draw recall over misses for the largest budget, a panel per text and a line per heat and pool.
+    """Draw recall over misses, a panel per text and a line per heat and pool: the largest budget, its smallest blocks.
+
+    Where a model's own ranking was replayed too, it is the one that is drawn.
 
     Returns:
         The file, or None without matplotlib.
@@ -124,20 +135,22 @@ def draw(rows: list[Record], folder: Path) -> Path | None:
         figure_class = importlib.import_module("matplotlib.figure").Figure
     except ImportError:
         return None
-    size, blocks = max(r["shape"] for r in rows)
-    rows = [r for r in rows if r["shape"] == (size, blocks) and r["decay"] in (DECAY, None)]
+    shape = max((r["shape"] for r in rows), key=lambda s: (s[0] != MEAN_KEY.method, s[1] * s[2], -s[1]))
+    method, size, blocks = shape
+    rows = [r for r in rows if r["shape"] == shape and r["decay"] in (DECAY, None)]
     texts = list(dict.fromkeys(r["fill"] for r in rows))
-    columns = min(3, len(texts))
+    columns = 2 if len(texts) == 4 else min(3, len(texts))
     lines = -(-len(texts) // columns)
     figure = figure_class(figsize=(4.3 * columns, 1.2 + 3.2 * lines), layout="constrained")
     grid = figure.subplots(lines, columns, squeeze=False).flat
     for axes, text in zip(grid, texts, strict=False):
         _panel(axes, [r for r in rows if r["fill"] == text])
         axes.set(title=text, xscale="log")
+        axes.tick_params(axis="x", which="minor", labelbottom=False)  # they overlap
     figure.legend(*grid[0].get_legend_handles_labels(), loc="outside lower center", ncols=4, fontsize=7)
     figure.supylabel("recall of attention mass", fontsize=9)
     figure.suptitle(
-        f"{rows[0]['model']}, {blocks} blocks of {size}: recall over the missed share of the selected blocks "
+        f"{rows[0]['model']}, {method}, {blocks} blocks of {size}: recall over the missed share of the selected blocks "
         "(line: 0.02); from right to left the query-agnostic share grows",
         fontsize=8,
     )
@@ -147,7 +160,9 @@ def draw(rows: list[Record], folder: Path) -> Path | None:
 
 def _panel(axes: Any, rows: list[Record]) -> None:
     """Draw one text: a line per heat and pool, a point per share (share 0 has no heat and begins both)."""
-    for heat, style in (("scores", "o-"), ("attention", "s--")):
+    for heat, style in (("scores", "o-"), ("attention", "s--"), ("bias", "^:")):
+        if heat not in (r["heat"] for r in rows):
+            continue
         for color, capacity in enumerate(sorted({r["capacity"] for r in rows})):
             line = [r for r in rows if r["capacity"] == capacity and r["heat"] in (heat, "none")]
             line.sort(key=lambda r: r["share"])

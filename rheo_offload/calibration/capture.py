@@ -14,10 +14,12 @@ from torch import Tensor
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 
 from rheo_offload.model.attention_hook import rheo_attention, rheo_mask
+from rheo_offload.model.learned_heads import fill_bias
 from rheo_offload.model.rope import layer_ropes
 from rheo_offload.model.specs import layer_specs
 from rheo_offload.selection.rope import Rope
 from rheo_offload.selection.seer_r import pool_keys
+from rheo_offload.types import AttentionCall
 
 PROBE = "rheo_calibrate"
 QUERIES_AT_ONCE = 64  # whose weights over all keys are held at a time
@@ -37,6 +39,9 @@ class Sample:
     peak: Tensor  # [T, Hkv, N]: largest weight on a token of it, maximum over the group
     block_size: int
     softmax_scale: float
+    bias: Tensor | None = (
+        None  # [N, Hkv]: mean learned bias of a block's tokens, where the layer has a head for it
+    )
 
     def closed(self) -> Tensor:
         """Return which blocks are closed for each query: bool [T, N]."""
@@ -55,7 +60,8 @@ def capture(
 ) -> dict[int, Sample]:
     """Run one window through a model and return what its layers' attention did.
 
-    The model's attention is replaced for the time of the call (exact, causal), its weights stay as they are.
+    The model's attention is replaced for the time of the call (exact, causal), its weights stay as they are. Heads of a
+    learned bias that are attached to it (`model/learned_heads.py`) count, in the forward and in what is captured.
 
     Args:
         model: in eval mode, not offloaded.
@@ -77,7 +83,7 @@ def capture(
     ) -> tuple[Tensor, None]:
         i = getattr(module, "layer_idx", None)
         if i in ropes:
-            found[i] = _sample(query[0], key[0], value[0], ropes[i], positions, block_size, kwargs)
+            found[i] = _sample(_call(module, query, key, value, kwargs), ropes[i], positions, block_size)
             if progress is not None:
                 progress()
         return rheo_attention(module, query, key, value, mask, **kwargs)
@@ -102,26 +108,30 @@ def _replaced(model: PreTrainedModel, attention: Any) -> Iterator[None]:
         AttentionMaskInterface._global_mapping.pop(PROBE, None)
 
 
-def _sample(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    rope: Rope,
-    positions: Tensor,
-    block_size: int,
-    kwargs: Mapping[str, Any],
-) -> Sample:
-    """Reduce one layer: q [Hq, S, D], k and v [Hkv, S, D] after RoPE."""
-    heads, tokens, dim = k.shape
-    scale = dim**-0.5 if kwargs.get("scaling") is None else float(kwargs["scaling"])
+def _call(
+    module: torch.nn.Module, q: Tensor, k: Tensor, v: Tensor, kwargs: Mapping[str, Any]
+) -> AttentionCall:
+    """Return a layer's call as the runtime would see it, the bias of its head included."""
+    scaling = kwargs.get("scaling")
+    scale = k.shape[-1] ** -0.5 if scaling is None else float(scaling)
+    call = AttentionCall(q, k, v, scale, kwargs.get("softcap"), kwargs.get("s_aux"))
+    fill_bias(module, call)
+    return call
+
+
+def _sample(call: AttentionCall, rope: Rope, positions: Tensor, block_size: int) -> Sample:
+    """Reduce one layer: the call of one row, a whole window."""
+    q, k, v = call.q[0], call.k[0], call.v[0]
+    heads, tokens, _ = k.shape
     chosen = positions.to(k.device)
     q = q[:, chosen].unflatten(0, (heads, -1)).float()  # [Hkv, G, T, D]
     raw = rope.undo(k.float(), torch.arange(tokens, device=k.device))
     whole = tokens // block_size * block_size
     blocks, raw_blocks = (x[:, :whole].float().unflatten(1, (-1, block_size)) for x in (k, raw))
+    bias = None if call.bias is None else call.bias[0, :, :whole].float().unflatten(1, (-1, block_size))
     mass, peak = zip(
         *(
-            _block_weights(part, k, at, block_size, scale, kwargs)
+            _block_weights(part, call, at, block_size)
             for part, at in zip(q.split(QUERIES_AT_ONCE, 2), chosen.split(QUERIES_AT_ONCE), strict=True)
         ),
         strict=True,
@@ -138,7 +148,8 @@ def _sample(
             mass=_own(torch.cat(mass)),
             peak=_own(torch.cat(peak)),
             block_size=block_size,
-            softmax_scale=scale,
+            softmax_scale=call.softmax_scale,
+            bias=None if bias is None else _own(bias.mean(2).T),
         )
 
 
@@ -147,18 +158,20 @@ def _own(x: Tensor) -> Tensor:
 
 
 def _block_weights(
-    q: Tensor, k: Tensor, positions: Tensor, block_size: int, scale: float, kwargs: Mapping[str, Any]
+    q: Tensor, call: AttentionCall, positions: Tensor, block_size: int
 ) -> tuple[Tensor, Tensor]:
-    """Return mass and peak [T, Hkv, N] over whole blocks, of queries q [Hkv, G, T, D] and keys k [Hkv, S, D]."""
-    logits = torch.einsum("hgtd,hsd->hgts", q, k.float()) * scale
-    cap, sinks = kwargs.get("softcap"), kwargs.get("s_aux")
+    """Return mass and peak [T, Hkv, N] over whole blocks, of queries q [Hkv, G, T, D] of one call."""
+    k, cap = call.k[0], call.soft_cap
+    logits = torch.einsum("hgtd,hsd->hgts", q, k.float()) * call.softmax_scale
     if cap is not None:
         logits = cap * torch.tanh(logits / cap)
+    if call.bias is not None and call.bias_scale is not None:
+        logits += call.bias[0, :, None, None].float() * call.bias_scale
     future = torch.arange(k.shape[1], device=k.device) > positions[:, None]
     logits.masked_fill_(future, -torch.inf)
     total = logits.logsumexp(-1, keepdim=True)
-    if sinks is not None:
-        total = torch.logaddexp(total, sinks.float().view(*q.shape[:2], 1, 1))
+    if call.sinks is not None:
+        total = torch.logaddexp(total, call.sinks.float().view(*q.shape[:2], 1, 1))
     whole = k.shape[1] // block_size * block_size
     weights = (logits - total).exp()[..., :whole].unflatten(-1, (-1, block_size))  # [Hkv, G, T, N, C]
     mass, peak = weights.sum(-1).mean(1), weights.amax(-1).amax(1)

@@ -7,19 +7,24 @@ import pytest
 import torch
 
 from bench.__main__ import main
-from bench.locality import Grid, Heat, Streams, _trace, policy_of, replay_text, streams_of, walk
+from bench.locality import Grid, Heat, _trace, policy_of, replay_text, walk
+from bench.locality_recall import RECALL_TEXTS, recall_ids
 from bench.locality_report import FIGURE, TABLE, records
-from bench.locality_suite import HIT_RATE, RECALL_KEPT, capture_text, rows_of
+from bench.locality_streams import Ranking, Streams, streams_of
+from bench.locality_suite import HIT_RATE, RECALL_KEPT, _ids_of, attach_own_heads, capture_text, rows_of
 from rheo_offload import RheoConfig, offload
 from rheo_offload.calibration.score import WARM_QUERIES
+from rheo_offload.eval.recall import ASK, CLOSE, FILLER0
+from rheo_offload.model.learned_heads import HeadsInfo, save_heads
+from rheo_offload.model.specs import layer_specs
 from rheo_offload.trace.recorder import record
 from rheo_offload.trace.replay import replay
 from tests.helpers.tiny_model import tiny_model
 
 PROMPT, STEPS, BLOCK = 320, 64, 16
 GRID = Grid(
-    block_sizes=(16, 32), budgets=(4, 6), shares=(0.0, 0.5), heats=(Heat("scores", 0.9), Heat("attention", 0.98)),
-    capacities=(1.0, 1.25, 1.5), skip=16,
+    block_sizes=(16, 32), token_budgets=(128, 192), shares=(0.0, 0.5),
+    heats=(Heat("scores", 0.9), Heat("attention", 0.98)), capacities=(1.0, 1.25, 1.5), skip=16,
 )  # fmt: skip
 
 
@@ -54,7 +59,9 @@ def random_streams(steps: int = 60, blocks: int = 40) -> Streams:
     return Streams(
         positions=positions,
         scores=draw[1].masked_fill(~closed, -torch.inf),
+        start_shares=torch.zeros(3, blocks),
         mass=mass / mass.sum(-1, keepdim=True),
+        strong=mass > 0.9,
         block_size=4,
         block_bytes=64,
     )
@@ -63,31 +70,71 @@ def random_streams(steps: int = 60, blocks: int = 40) -> Streams:
 # ---- the replay --------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("source", ["scores", "attention"])
-@pytest.mark.parametrize("share", [0.0, 0.5])
-def test_it_selects_and_misses_what_the_runtime_does(source, share):
-    """One layer, whose queries do not depend on what is attended; as many KV heads as query heads."""
+def one_layer(**changes):
+    """A model whose queries do not depend on what is attended; as many KV heads as query heads."""
     heads = tiny_model("llama").config.num_attention_heads
-    changes = dict(num_hidden_layers=1, num_key_value_heads=heads, max_position_embeddings=1024)
-    settings = [
+    return tiny_model(
+        "llama", num_hidden_layers=1, num_key_value_heads=heads, max_position_embeddings=1024, **changes
+    )
+
+
+def run_recorded(model, settings):
+    """Return the configuration, what was said and the recorded steps of a run over evictions."""
+    common = [
         "cache.block_size=16", "selection.token_budget=128", "cache.capacity_ratio=1.25", "cache.device_memory=floor",
-        "cache.host_memory=64MiB", f"selection.heat_from={source}", f"selection.query_agnostic_share={share}",
+        "cache.host_memory=64MiB",
     ]  # fmt: skip
-    model = offload(tiny_model("llama", **changes), RheoConfig().with_overrides(settings), check=False)
+    config = RheoConfig().with_overrides(common + settings)
+    model = offload(model, config, check=False)
     prompt = torch.randint(3, 97, (1, PROMPT + 1), generator=torch.Generator().manual_seed(5))
     with record(model) as recorder:  # the prompt's last token is the first step
         said = model.generate(prompt, max_new_tokens=STEPS, do_sample=False)
     ran = recorder.trace()
     assert ran.steps == STEPS and ran.misses.sum() > 20
+    return config, said[0, : PROMPT + STEPS], ran
 
-    stock = tiny_model("llama", **changes)
-    found = capture_text(stock, said[0, : PROMPT + STEPS], prompt_tokens=PROMPT, block_size=BLOCK)
-    streams, policy = streams_of(found, block_size=BLOCK, itemsize=4), policy_of(8, share)
-    walked = walk(streams, policy, [Heat(source, 0.98)])
+
+def assert_equal_runs(streams, policy, heat, ran):
+    walked = walk(streams, policy, [heat])
     np.testing.assert_array_equal(walked.ids[0], ran.ids[0, 0])
     trace = _trace(streams, walked, 0, policy, ran.meta["capacity"])
     np.testing.assert_array_equal(replay(trace, "lru").demand, ran.misses)
+
+
+@pytest.mark.parametrize("source", ["scores", "attention"])
+@pytest.mark.parametrize("share", [0.0, 0.5])
+def test_it_selects_and_misses_what_the_runtime_does(source, share):
+    settings = [f"selection.heat_from={source}", f"selection.query_agnostic_share={share}"]
+    _, ids, ran = run_recorded(one_layer(), settings)
+    found = capture_text(one_layer(), ids, prompt_tokens=PROMPT, block_size=BLOCK)
+    streams = streams_of(found, block_size=BLOCK, itemsize=4)
+    assert_equal_runs(streams, policy_of(8, share), Heat(source, 0.98), ran)
     assert streams.block_bytes == ran.meta["block_bytes"]
+
+
+@pytest.mark.parametrize("method", ["infllm_v2", "nosa"])
+def test_windows_and_learned_bias_select_and_miss_what_the_runtime_does(method, tmp_path):
+    stock = one_layer()
+    spec = layer_specs(stock.config)[0]
+    rng = torch.Generator().manual_seed(6)
+    wide = spec.num_kv_heads * spec.head_dim
+    head = {
+        "delta.weight": torch.randn(spec.num_kv_heads, wide, generator=rng),
+        "A": torch.ones(spec.num_kv_heads),
+    }
+    info = HeadsInfo.of([spec], model_type="llama", method="nosa", provenance="random")
+    save_heads(tmp_path / "heads.safetensors", {0: {f"self_attn.{k}": v for k, v in head.items()}}, info)
+    settings = [
+        f"selection.method={method}", "selection.params.window_stride=4", "selection.query_agnostic_share=0.5",
+        *([f"selection.params.weights={tmp_path / 'heads.safetensors'}"] if method == "nosa" else []),
+    ]  # fmt: skip
+    config, ids, ran = run_recorded(one_layer(), settings)
+    if method == "nosa":
+        attach_own_heads(stock, config)
+    found = capture_text(stock, ids, prompt_tokens=PROMPT, block_size=4)
+    streams = streams_of(found, Ranking(method="infllm_v2", stride=4), block_size=BLOCK, itemsize=4)
+    heat = Heat("bias") if method == "nosa" else Heat("scores", 0.98)
+    assert_equal_runs(streams, policy_of(8, 0.5), heat, ran)
 
 
 def test_share_0_is_plain_top_k():
@@ -102,7 +149,9 @@ def test_share_0_is_plain_top_k():
             scores[forced] = scores[tail:] = -torch.inf
             chosen = sorted({*forced, *scores.topk(5).indices.tolist()})
             assert walked.ids[0, s, t].tolist() == chosen
-            mass = streams.mass[WARM_QUERIES + t, s]
+            mass, strong = streams.mass[WARM_QUERIES + t, s], streams.strong[WARM_QUERIES + t, s]
+            wanted = {n for n in strong.nonzero()[:, 0].tolist() if n <= tail} - {*forced}
+            assert walked.pointed[0, s, t].tolist() == [len(wanted & {*chosen}), len(wanted)]
             assert walked.recall[0, s, t] == pytest.approx(float(mass[chosen].sum()), rel=1e-5)
 
 
@@ -152,7 +201,7 @@ def test_the_same_text_gives_the_same_numbers(samples, results):
 @pytest.mark.parametrize(
     ("grid", "message"),
     [
-        (replace(GRID, budgets=(16,)), "largest pool 24 slots"),
+        (replace(GRID, token_budgets=(256,)), "largest pool 24 slots"),
         (replace(GRID, skip=STEPS), "leaves nothing of 64"),
         (replace(GRID, block_sizes=(24,)), "not whole blocks of 24"),
     ],
@@ -160,6 +209,31 @@ def test_the_same_text_gives_the_same_numbers(samples, results):
 def test_a_grid_that_says_nothing_is_refused(samples, grid, message):
     with pytest.raises(ValueError, match=message):
         list(replay_text(samples, grid, itemsize=2))
+
+
+# ---- recall contexts ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", RECALL_TEXTS)
+def test_every_answer_stands_in_the_context(name):
+    ids = recall_ids(name, 2048, 128)
+    assert ids.shape == (2048 + 128,) and torch.equal(ids, recall_ids(name, 2048, 128))
+    context, asked = ids[:2048].tolist(), ids[2048:].tolist()
+    assert ASK not in context and asked[0] == ASK
+    records = [n for n, token in enumerate(context) if n and token < FILLER0]
+    whole = asked[: len(asked) - asked[::-1].index(CLOSE)]  # the last question may be cut off
+    pairs = {tuple(context[n : n + 2]) for n in records}
+    for a, b in zip(whole, whole[1:], strict=False):
+        assert {a, b} & {ASK, CLOSE} or (a, b) in pairs
+    regions = len({(n - 8) // 64 for n in records})
+    assert regions < 8 if name == "recall-crowded" else regions > 8
+
+
+def test_recall_contexts_refuse_what_they_cannot_be():
+    with pytest.raises(ValueError, match="256 names"):
+        recall_ids("recall-copying", 2048, 512)
+    with pytest.raises(ValueError, match="words of the model native"):
+        _ids_of("recall-copying", ["a", "b"], 2048, 128)
 
 
 # ---- rows, tables, command line ------------------------------------------------------------------------------
@@ -187,8 +261,22 @@ def test_the_command_writes_rows_and_tables(tmp_path, model_dir):
         assert row["commit"] and row["command"].startswith("python -m bench locality")
         assert row["n"] == 2 * (64 - 16) and row["fill"] == "prose-reference"
     table = (out / TABLE).read_text()
-    assert "| attention, 0.98, 0.5 |" in table and "8 blocks of 64 tokens" in table
+    assert "| mean_key, attention, 0.98, 0.5 |" in table and "8 blocks of 64 tokens" in table
     assert {"config.yaml", "env.json"} <= {path.name for path in out.iterdir()}
+
+
+def test_a_model_with_its_own_ranking_is_replayed_twice(tmp_path):
+    """`native`: mean keys with the default split, and its own windows and split, where its bias is one rank more."""
+    words = ["--model", "native", "--texts", "recall-copying", "--prompt-tokens", "1024", "--steps", "64"]
+    words += ["--skip", "16", "--block-sizes", "32", "--token-budgets", "256", "--device", "cpu"]
+    assert main(["locality", *words, "--out", str(tmp_path)]) == 0
+    rows = records(tmp_path)
+    assert len({r["case_id"] for r in rows}) == len(rows)
+    by_method = {m: {r["heat"] for r in rows if r["method"] == m} for m in ("mean_key", "infllm_v2")}
+    assert by_method["mean_key"] == {"none", "scores", "attention"}
+    assert by_method["infllm_v2"] == {"none", "scores", "attention", "bias"}
+    assert all(r["n"] == 8 * 48 and 0 <= r["pointed"] <= 1 for r in rows)
+    assert "| bias, 0.2308 |" in (tmp_path / TABLE).read_text()
 
 
 def test_the_figure_is_drawn_where_matplotlib_is(tmp_path, model_dir):
@@ -205,7 +293,7 @@ def test_the_figure_is_drawn_where_matplotlib_is(tmp_path, model_dir):
     [
         (["--texts", "poems"], "unknown texts: poems"),
         (["--skip", "192"], "leaves nothing"),
-        (["--budgets", "2"], "at least 4 blocks"),
+        (["--token-budgets", "192"], "at least 4 blocks"),
         (["--decays", "1.5"], "between 0 and 1"),
         (["--capacities", "0.5"], "at least 1.0"),
         (["--block-sizes", "32,48"], "multiples of the smallest"),
