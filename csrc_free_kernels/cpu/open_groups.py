@@ -1,11 +1,15 @@
-"""numba `open_groups`: bounds of the groups, then the best of them."""
+"""numba `open_groups`: bounds and heat of the groups, then `select` among them."""
 
 import numba as nb
 import numpy as np
+import torch
 from torch import Tensor
 
 from csrc_free_kernels.cpu.bits import FASTMATH, as_numpy, code_of, decode
-from csrc_free_kernels.reference.open_groups import KEEP_BITS, check_open_groups, keep_units
+from csrc_free_kernels.cpu.select import select
+from csrc_free_kernels.reference.open_groups import check_open_groups
+
+NOTHING = torch.empty(0, 0, 0)  # stands for heat that is not given
 
 
 @nb.njit(cache=True)
@@ -36,55 +40,71 @@ def bound_of(q, bounds, code):
     return highest
 
 
+@nb.njit(cache=True)
+def hottest_block(heat):
+    """Largest heat of a group's blocks; NaN counts as -inf."""
+    top = np.float32(-np.inf)
+    for x in heat:
+        if x > top:
+            top = x
+    return top
+
+
+# One (row, head) an iteration. group_bounds [B, Hkv, M, 2, D], heat [B, Hkv, N] -> scores and hottest [B, Hkv, M].
 @nb.njit(cache=True, parallel=True)
 def open_groups_kernel(
-    q, group_bounds, summary, host_table, seq_lens, due, scores, is_open, block_size, group_blocks, keep, code
+    q, group_bounds, summary, heat, host_table, seq_lens, scores, hottest, block_size, group_blocks, recent, code
 ):  # fmt: skip
     num_rows, num_kv_heads, num_groups = scores.shape
     group = q.shape[1] // num_kv_heads
+    span = block_size * group_blocks
     for i in nb.prange(num_rows * num_kv_heads):
         b, h = i // num_kv_heads, i % num_kv_heads
-        span = block_size * group_blocks
-        complete = seq_lens[b] // span
-        if seq_lens[b] > 0 and due[b] != 0:
-            candidates = max(complete - 1, 0)
-            x = scores[b, h]
-            for m in range(candidates):
-                x[m] = bound_of(q[b, h * group : (h + 1) * group], group_bounds[b, h, m], code)
-                if np.isnan(x[m]):
-                    x[m] = -np.inf
-            kept = (np.int64(candidates) * keep + (1 << KEEP_BITS) - 1) >> KEEP_BITS
-            order = np.argsort(-x[:candidates], kind="mergesort")
-            is_open[b, h] = 1
-            for m in order[kept:]:
-                is_open[b, h, m] = 0
+        scores[b, h] = -np.inf
+        for m in range(min(max((seq_lens[b] + span - 1) // span - recent, 0), num_groups)):
+            scores[b, h, m] = bound_of(q[b, h * group : (h + 1) * group], group_bounds[b, h, m], code)
+            if hottest.size > 0:
+                hottest[b, h, m] = hottest_block(heat[b, h, m * group_blocks : (m + 1) * group_blocks])
         if seq_lens[b] > 0 and seq_lens[b] % span == 0:
-            pages = host_table[b, (complete - 1) * group_blocks : complete * group_blocks]
-            keep_bounds(group_bounds[b, h, complete - 1], summary, pages, h, code)
+            last = seq_lens[b] // span - 1
+            pages = host_table[b, last * group_blocks : (last + 1) * group_blocks]
+            keep_bounds(group_bounds[b, h, last], summary, pages, h, code)
 
 
 def open_groups(
     q: Tensor,
     group_bounds: Tensor,
     summary: Tensor,
+    heat: Tensor | None,
     host_table: Tensor,
     seq_lens: Tensor,
     arrivals: Tensor | None,
     group_scores: Tensor,
-    group_open: Tensor,
+    open_groups: Tensor,
+    num_open: Tensor,
     *,
     block_size: int,
     group_blocks: int,
-    keep: float,
+    sink_groups: int,
+    recent_groups: int,
+    query_groups: int,
+    agnostic_groups: int,
     due: Tensor | None = None,
 ) -> None:
-    """Mark the groups whose blocks are to be scored, and keep the bounds of a group that this token completes.
+    """List the groups whose blocks `decide` ranks, and keep the bounds of a group that a row's token completes.
 
     Arguments and errors as in `csrc_free_kernels/reference/open_groups.py`; `arrivals` is not used.
     """
-    check_open_groups(group_bounds, summary, host_table, group_blocks, keep)
+    shares = (sink_groups, recent_groups, query_groups, agnostic_groups)
+    check_open_groups(group_bounds, summary, heat, host_table, open_groups, group_blocks, shares)
+    hottest = torch.empty_like(group_scores) if agnostic_groups else None
     open_groups_kernel(
-        as_numpy(q), as_numpy(group_bounds), as_numpy(summary), host_table.numpy(), seq_lens.numpy(),
-        seq_lens.numpy() if due is None else due.numpy(), group_scores.numpy(), group_open.numpy(), block_size,
-        group_blocks, keep_units(keep), code_of(q),
+        as_numpy(q), as_numpy(group_bounds), as_numpy(summary), (NOTHING if heat is None else heat).numpy(),
+        host_table.numpy(), seq_lens.numpy(), group_scores.numpy(), (NOTHING if hottest is None else hottest).numpy(),
+        block_size, group_blocks, recent_groups, code_of(q),
+    )  # fmt: skip
+    select(
+        group_scores, hottest, seq_lens, open_groups, num_open, block_size=block_size * group_blocks,
+        sink_blocks=sink_groups, recent_blocks=recent_groups, query_blocks=query_groups,
+        agnostic_blocks=agnostic_groups, heat_decay=1.0, normalise="none", due=due,
     )  # fmt: skip
