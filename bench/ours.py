@@ -8,6 +8,7 @@ from transformers import PreTrainedModel
 
 from bench.decoder import CHUNK_TOKENS, Decoder, random_kv
 from bench.timing import RegionProfiler
+from rheo_offload.cache.group_bounds import complete_groups
 from rheo_offload.config import RheoConfig
 from rheo_offload.execution.executor import Executor
 from rheo_offload.model.decode_loop import stepper_of
@@ -118,6 +119,8 @@ class Rheo(Decoder):
                 ops.summarize_chunk(
                     k, start, kv.host_table, layer.k_host, layer.summary, summary_kind=layer.summary_kind
                 )
+            for row, (first, end) in enumerate(zip(start.tolist(), kv.lengths, strict=False)):
+                complete_groups(layer, kv.host_table, row, first, end)
             if layer.value_summary is not None:
                 ops.summarize_chunk(
                     v, start, kv.host_table, layer.v_host, layer.value_summary, summary_kind="mean"

@@ -9,6 +9,7 @@ there are, they begin again from the front: what is read from the host is the sa
 import torch
 
 from bench.ours import Rheo
+from rheo_offload.cache.group_bounds import complete_groups
 from rheo_offload.cache.host_store import HostStore
 from rheo_offload.cache.kv_cache import KVCache
 
@@ -109,6 +110,9 @@ class Reservoir:
                 for kept, summary in zip(layer.by_page, by_page, strict=True):
                     kept[target] = summary[used].to(kv.device)
                 layer._views.clear()
+        for layer in kv.full.values():
+            for row in range(kv.rows):
+                complete_groups(layer, kv.host_table, row, 0, tokens)
         return min(kv.rows, max(1, total // blocks))
 
     def close(self) -> None:

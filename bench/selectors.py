@@ -72,6 +72,7 @@ class Controlled(ABC):
             return own[key]
 
         executor.selector, executor.policy = selector, policy  # type: ignore[assignment]
+        executor.index = None  # the given scores are of all blocks
         executor.workspace_of = workspace_of  # type: ignore[method-assign]
         self.fill(executor)
 

@@ -97,6 +97,13 @@ class SelectionConfig:
     `rheo trace plan` wrote. The layers have as many KV heads."""
     reuse_steps: int = 1
     """Decode steps that one selection serves; at least 1. A row selects anew when it opens a block, in any case."""
+    index: Literal["flat", "two_level"] = "flat"
+    """What a step ranks: all blocks (`flat`), or those of the groups that a bound of their mean keys opens
+    (`two_level`): for long contexts."""
+    index_group: int = 16
+    """Blocks in a group of the index; a power of two, 4 to 64."""
+    index_keep: float = 0.125
+    """Share of the groups that a row can hold which is opened by bound; above 0, at most 1."""
     params: dict[str, Any] = field(default_factory=dict)
     """The method's own parameters, checked by the method when a model is offloaded (docs/selectors.md)."""
 
@@ -120,6 +127,10 @@ class SelectionConfig:
         valid = 0 < limit <= most if self.budget != "fixed" else limit == 0
         require(valid, "selection.budget_limit", allowed, limit)
         require(self.reuse_steps >= 1, "selection.reuse_steps", "at least 1", self.reuse_steps)
+        group, keep = self.index_group, self.index_keep
+        valid = 4 <= group <= 64 and group & (group - 1) == 0
+        require(valid, "selection.index_group", "a power of two, 4 to 64", group)
+        require(0 < keep <= 1, "selection.index_keep", "above 0 and at most 1", keep)
         valid = all(i >= 0 for i in dense) and len(set(dense)) == len(dense)
         require(valid, "selection.dense_layers", "layer indices >= 0, each once", list(dense))
 

@@ -24,6 +24,7 @@ OPS = (
     "gather",
     "linear_few",
     "merge",
+    "open_groups",
     "prefill_attention",
     "rank_bias",
     "resolve",

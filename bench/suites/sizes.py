@@ -6,6 +6,7 @@ from bench.lab import SESSION_BLOCKS, Lab
 from bench.shapes import model_bytes
 from rheo_offload.cache.sizing import MemoryPlan, plan_memory
 from rheo_offload.model.specs import layer_specs
+from rheo_offload.selection.index import make_index
 from rheo_offload.selection.learned_bias import bias_sizes
 from rheo_offload.selection.policy import make_selector, mean_values
 
@@ -26,6 +27,7 @@ def plan(
     size, selection = config.cache.block_size, config.selection
     selector = make_selector(selection.method, selection.params, block_size=size)
     has_bias, bias_units = bias_sizes(selector, size)
+    index = make_index(selector, selection, block_size=size)
     return plan_memory(
         layer_specs(lab.model.config),
         rows=batch,
@@ -40,6 +42,7 @@ def plan(
         capacity_blocks=capacity_blocks,
         has_bias=has_bias,
         bias_units=bias_units,
+        group_blocks=index.group_blocks if index else 0,
     )
 
 

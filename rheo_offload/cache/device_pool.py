@@ -35,6 +35,7 @@ class FullLayer:
         max_pages: int,
         device: torch.device,
         bias_units: int = 0,
+        group_blocks: int = 0,
     ) -> None:
         """Allocate the layer.
 
@@ -51,6 +52,7 @@ class FullLayer:
             max_pages: host pages that summaries must cover.
             device: of the pool.
             bias_units: parts of a block whose mean bias is kept, to rank blocks by; 0: the bias ranks nothing.
+            group_blocks: blocks of a group whose bounds are kept (`selection.index`); 0: none are.
         """
         self.spec, self.layout, self.device = spec, layout, device
         self.rows, self.max_blocks = rows, max_blocks
@@ -73,6 +75,12 @@ class FullLayer:
         shape = (rows, spec.num_kv_heads, max_blocks)
         self.slot_of = torch.full(shape, -1, dtype=torch.int32, device=device)
         self.heat = torch.zeros(shape, dtype=torch.float32, device=device)
+        self.group_blocks = group_blocks
+        self.group_bounds: torch.Tensor | None = None
+        """[rows, Hkv, M, 2, D]: extremes of the mean keys of every complete group; others may hold anything."""
+        if group_blocks:
+            bounds = (*shape[:2], -(-max_blocks // group_blocks), 2, spec.head_dim)
+            self.group_bounds = torch.empty(bounds, dtype=layout.dtype, device=device)
         self.counters = torch.zeros(rows, spec.num_kv_heads, NUM_COUNTERS, dtype=torch.int64, device=device)
         self.traffic = torch.zeros(len(TRAFFIC), dtype=torch.int64, device=device)
         self.summary: torch.Tensor | None = None
@@ -126,8 +134,15 @@ class FullLayer:
             narrow.rows, narrow._views = rows.stop - rows.start, {}
             for name in ("slot_of", "heat", "counters", "slot_base", "slot_count"):
                 setattr(narrow, name, getattr(self, name)[rows])
+            if self.group_bounds is not None:
+                narrow.group_bounds = self.group_bounds[rows]
             self._views[key] = narrow
         return self._views[key]
+
+    @property
+    def by_row(self) -> list[torch.Tensor]:
+        """What is known of a row's blocks beside where they are, and follows the row: heat, bounds of groups."""
+        return [t for t in (self.heat, self.group_bounds) if t is not None]
 
     @property
     def by_page(self) -> list[torch.Tensor]:
@@ -165,8 +180,8 @@ class FullLayer:
     @property
     def device_bytes(self) -> int:
         """Device memory of this layer's cache."""
-        tables = (self.pool_blocks, self.slot_of, self.heat, self.block_in, self.last_used)
-        return sum(t.nbytes for t in (*tables, *self.by_page))
+        tables = (self.pool_blocks, self.slot_of, self.block_in, self.last_used)
+        return sum(t.nbytes for t in (*tables, *self.by_row, *self.by_page))
 
 
 class SlidingLayer:

@@ -23,6 +23,7 @@ import torch
 
 from rheo_offload.cache import residency
 from rheo_offload.cache.device_pool import FullLayer, SlidingLayer
+from rheo_offload.cache.group_bounds import complete_groups
 from rheo_offload.cache.host_store import HostStore
 from rheo_offload.cache.layout import PageLayout
 from rheo_offload.device import synchronize
@@ -62,6 +63,7 @@ class KVCache:
         dtype: torch.dtype,
         device: torch.device,
         bias_units: Mapping[int, int] | None = None,
+        group_blocks: Mapping[int, int] | None = None,
     ) -> None:
         """Allocate an empty cache.
 
@@ -78,11 +80,12 @@ class KVCache:
             dtype: of keys and values.
             device: of the pool.
             bias_units: layer_idx -> parts of a block whose mean bias is kept; left out: none.
+            group_blocks: layer_idx -> blocks of a group whose bounds are kept; left out: none.
         """
         self.specs, self.store, self.page = list(specs), store, page
         self.rows, self.block_size, self.sink_blocks = rows, block_size, sink_blocks
         self.dtype, self.device, self.summaries = dtype, device, summaries
-        self.bias_units = bias_units or {}
+        self.bias_units, self.group_blocks = bias_units or {}, group_blocks or {}
         self.lengths = [0] * rows
         self.longest = [0] * rows
         """The most tokens each row ever held: what a ring has overwritten stays overwritten."""
@@ -140,6 +143,7 @@ class KVCache:
                 max_pages=self._pages_to_cover(),
                 device=self.device,
                 bias_units=self.bias_units.get(i, 0),
+                group_blocks=self.group_blocks.get(i, 0),
             )
             if kept:
                 heat, layer.counters, layer.traffic, by_page = kept
@@ -147,7 +151,13 @@ class KVCache:
                 for new, had in zip(layer.by_page, by_page, strict=True):
                     pages = min(len(had), len(new))  # both cover every page that is held
                     new[:pages] = had[:pages]
+                self._bound_groups(layer)
             self.full[i] = layer
+
+    def _bound_groups(self, layer: FullLayer) -> None:
+        """Write the bounds of all groups: while a table was short, steps may have ranked every block and kept none."""
+        for row, tokens in enumerate(self.lengths):
+            complete_groups(layer, self.host_table, row, 0, tokens)
 
     def _pages_to_cover(self) -> int:
         held = max((max(p) for p in self.pages if p), default=0)
@@ -270,7 +280,8 @@ class KVCache:
         changed = torch.tensor(moved, device=self.device)
         self.listed_at[changed] = -1
         for layer in self.full.values():
-            layer.heat.copy_(layer.heat[index])
+            for kept in layer.by_row:
+                kept.copy_(kept[index])
             residency.drop_rows(layer, changed)
         for ring in self.sliding.values():
             ring.reorder(index)
@@ -333,7 +344,8 @@ class KVCache:
         for table in (self.seq_lens, self.active, self.host_table, self.listed_at, *self.kept_lists):
             table[target] = table[source]
         for layer in self.full.values():
-            layer.heat[target] = layer.heat[source]
+            for kept in layer.by_row:
+                kept[target] = kept[source]
         for ring in self.sliding.values():
             ring.move(source, target)
         self._forget(source)

@@ -82,6 +82,7 @@ def plan_memory(
     capacity_blocks: int | None = None,
     has_bias: bool = False,
     bias_units: int = 0,
+    group_blocks: int = 0,
 ) -> MemoryPlan:
     """Add up the memory of a cache.
 
@@ -99,6 +100,7 @@ def plan_memory(
         capacity_blocks: slots per (row, KV head); the floor when None.
         has_bias: whether a bias per token travels with every block.
         bias_units: parts of a block whose mean bias (fp32) is kept on the device.
+        group_blocks: blocks of a group whose bounds are kept on the device (`selection.index`); 0: none are.
     """
     capacity = capacity_blocks or capacity_floor(block_budget, max_blocks, capacity_ratio)
     page = PageLayout.of(specs, block_size, dtype, has_bias=has_bias)
@@ -107,6 +109,7 @@ def plan_memory(
     per_slot = sum(s.num_kv_heads * page.blocks[s.layer_idx].block_bytes for s in full) * rows
     heads = sum(s.num_kv_heads for s in full)
     pages = rows * max_blocks + 1
+    bounds = 2 * rows * -(-max_blocks // group_blocks) if group_blocks else 0  # vectors a KV head
     token_bytes = {s.layer_idx: 2 * s.num_kv_heads * s.head_dim * dtype.itemsize for s in specs}
     return MemoryPlan(
         rows=rows,
@@ -119,7 +122,8 @@ def plan_memory(
             rows * ring_tokens(s.window or 0, block_size) * token_bytes[s.layer_idx] for s in sliding
         ),
         summary_bytes=sum(
-            pages * s.num_kv_heads * (summary_width * s.head_dim * dtype.itemsize + 4 * bias_units)
+            s.num_kv_heads
+            * ((pages * summary_width + bounds) * s.head_dim * dtype.itemsize + 4 * pages * bias_units)
             for s in full
         ),
         # slot_of, heat per (row, head, block); block_in, last_used per slot

@@ -27,6 +27,7 @@ from rheo_offload.model.specs import (
     max_positions,
     text_config,
 )
+from rheo_offload.selection.index import make_index
 from rheo_offload.selection.learned_bias import bias_sizes
 from rheo_offload.selection.policy import make_selector, mean_values
 from rheo_offload.types import LayerSpec
@@ -69,6 +70,7 @@ class Planner:
         config, size = self.config, self.config.cache.block_size
         selector = make_selector(config.selection.method, config.selection.params, block_size=size)
         has_bias, bias_units = bias_sizes(selector, size)
+        index = make_index(selector, config.selection, block_size=size)
         budget = int(config.selection.token_budget)
         max_blocks = -(-context_len_tokens // size)
         full = [s for s in self.specs if not s.is_sliding]
@@ -93,6 +95,7 @@ class Planner:
                 capacity_blocks=capacity_blocks,
                 has_bias=has_bias,
                 bias_units=bias_units,
+                group_blocks=index.group_blocks if index else 0,
             )
 
         memory = planned(self._capacity(budget // size, max_blocks, planned))

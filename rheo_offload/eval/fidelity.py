@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
+from rheo_offload.cache.group_bounds import complete_groups
 from rheo_offload.config import RheoConfig
 from rheo_offload.errors import RheoError
 from rheo_offload.eval.texts import prose_paragraphs
@@ -137,6 +138,7 @@ def _lend_history(cache: RheoCache, dense: Dense) -> None:
         )
         if layer.summary is not None:
             ops.summarize_chunk(k, start, table, layer.k_host, layer.summary, summary_kind=layer.summary_kind)
+        complete_groups(layer, table, 0, 0, tokens)
         if layer.value_summary is not None:
             ops.summarize_chunk(v, start, table, layer.v_host, layer.value_summary, summary_kind="mean")
     cache.hf_length = tokens

@@ -2,14 +2,14 @@
 
     append -> decide (score, select, resolve) -> attend_fetch (attend hits || load and attend misses) -> merge
 
-Four launches; with `selection.remainder` one more ahead of `attend_fetch`. Nothing here waits for the device, reads a
-device value or depends on one: lengths, tables and counts are tensors, and what the host decides (pages, lengths) it
-decides between steps. The step covers the first rows of the cache, as many as the forward has; a row whose length in
-this step is 0 reads and writes nothing.
+Four launches; with `selection.index` one more ahead of `decide`, with `selection.remainder` one ahead of
+`attend_fetch`. Nothing here waits for the device, reads a device value or depends on one: lengths, tables and counts
+are tensors, and what the host decides (pages, lengths) it decides between steps. The step covers the first rows of the
+cache, as many as the forward has; a row whose length in this step is 0 reads and writes nothing.
 """
 
-from dataclasses import replace
-from typing import TYPE_CHECKING
+from dataclasses import asdict, replace
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -112,6 +112,7 @@ def _choose(
                 ops, q, layer.summary, now.host_table, ex.scored_lens(rows), ws.logits, ws.arrivals, ws.block_scores,
                 softmax_scale=softmax_scale, block_size=size,
             )  # fmt: skip
+    due = None if ex.is_dense(layer) else ex.due(rows)
     with ex.region("decide"):
         ops.decide(
             q, layer.summary, layer.heat if keeps_heat(selector) else None, now.lens, now.host_table,
@@ -120,8 +121,26 @@ def _choose(
             score=selector.score_kind, softmax_scale=softmax_scale, block_size=size, **forced,
             query_blocks=policy.query_blocks, agnostic_blocks=policy.agnostic_blocks,
             heat_decay=policy.heat_decay, normalise="none" if ex.attention_heat_of(layer) else selector.normalise,
-            rule=policy.rule, limit=policy.limit, due=None if ex.is_dense(layer) else ex.due(rows),
+            rule=policy.rule, limit=policy.limit, due=due, **_open_groups(ex, layer, ws, now, q, due),
         )  # fmt: skip
+
+
+def _open_groups(
+    ex: "Executor",
+    layer: FullLayer,
+    ws: DecodeWorkspace,
+    now: StepTables,
+    q: torch.Tensor,
+    due: torch.Tensor | None,
+) -> dict[str, Any]:
+    """List the groups whose blocks are to be ranked; returns what `decide` takes: nothing where it ranks all blocks."""
+    if ws.groups is None:
+        return {}
+    ex.ops.open_groups(
+        q, layer.group_bounds, layer.summary, layer.heat, now.host_table, now.lens, ws.arrivals, ws.group_scores,
+        ws.open_groups, ws.num_open, block_size=ex.cache.block_size, **asdict(ws.groups), due=due,
+    )  # fmt: skip
+    return dict(open_groups=ws.open_groups, num_open=ws.num_open, group_blocks=ws.groups.group_blocks)
 
 
 def _attend_blocks(

@@ -24,6 +24,7 @@ from rheo_offload.ops import kernels_for
 from rheo_offload.selection.base import LayerSelectors, Selector
 from rheo_offload.selection.full import Full
 from rheo_offload.selection.heat_ranked import AttentionHeat, HeatRanked
+from rheo_offload.selection.index import Groups, Index, groups_to_open
 from rheo_offload.selection.policy import check_context
 from rheo_offload.selection.refined import TokenRule, token_rule_of
 from rheo_offload.types import AttentionCall, Policy
@@ -46,6 +47,7 @@ class Executor:
         heat_from: str = "scores",
         reuse_layers: Mapping[int, int] | None = None,
         reuse_steps: int = 1,
+        index: Index | None = None,
         kernels: str = "auto",
         overlap: bool = True,
         audit_every: int = 0,
@@ -62,6 +64,7 @@ class Executor:
             heat_from: `scores` of the method, or `attention`, the weights of what was read in their place.
             reuse_layers: layers that attend to what an earlier one selected in the same step, with that one.
             reuse_steps: steps that a selection serves.
+            index: how groups of blocks are opened ahead of the ranking; None: every block is ranked.
             kernels: as `ops.kernels_for`.
             overlap: load missing blocks beside the attention over the resident ones, not ahead of it.
             audit_every: decode steps between two measurements of the captured mass; 0 = never.
@@ -83,6 +86,7 @@ class Executor:
         self._dense, self._full = frozenset(dense_layers), Full()
         self._heat_from = heat_from
         self.reuse_layers, self._reuse_steps = dict(reuse_layers or {}), reuse_steps
+        self.index = index
         self._lists: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}  # of selections that are used again
         self._capacity_for = capacity_for
         self._first = min([*cache.full, *cache.sliding])
@@ -90,7 +94,7 @@ class Executor:
         self._chunk: Chunk | None = None
         self._open: int | None = None  # layer that the forward in progress has reached
         self._failed = False
-        self._workspaces: dict[tuple[int, ...], DecodeWorkspace] = {}
+        self._workspaces: dict[tuple[Hashable, ...], DecodeWorkspace] = {}
         self._ring_workspaces: dict[tuple[int, ...], RingWorkspace] = {}
         self._rounds: dict[tuple[int, ...], RoundsWorkspace] = {}
         self._staging: dict[tuple[int, ...], torch.Tensor] = {}
@@ -293,6 +297,18 @@ class Executor:
             rule="fixed",
         )
 
+    def groups_of(self, layer: FullLayer) -> Groups | None:
+        """Return which groups of blocks the layer opens in a step; None: it ranks all blocks, or none itself.
+
+        A table too short to gain from the index is ranked whole. That depends on nothing but its length, so a layer
+        that opens groups has done so, and kept their bounds, since the table got this length.
+        """
+        if self.index is None or self.is_dense(layer) or self.source_of(layer) is not None:
+            return None
+        if groups_to_open(self.policy, layer.max_blocks, self.index).candidates >= layer.max_blocks:
+            return None
+        return groups_to_open(self.policy_of(layer), layer.max_blocks, self.index)
+
     def token_rule_of(self, layer: FullLayer) -> TokenRule | None:
         """Return which tokens of the selected blocks the layer attends to; None: all of them."""
         return token_rule_of(self.selector_of(layer))
@@ -315,6 +331,7 @@ class Executor:
     def workspace_of(self, layer: FullLayer) -> DecodeWorkspace:
         """Return the decode scratch that all layers of this geometry and budget share."""
         budget = 1 if self.is_streamed(layer) else self.policy_of(layer).block_budget
+        groups = self.groups_of(layer)
         key = (
             layer.rows,
             layer.spec.num_kv_heads,
@@ -323,6 +340,7 @@ class Executor:
             layer.max_blocks,
             layer.summary_width,
             budget,
+            groups,
         )
         if key not in self._workspaces:
             self._workspaces[key] = DecodeWorkspace(
@@ -336,6 +354,7 @@ class Executor:
                 summary_width=layer.summary_width,
                 estimates=layer.value_width > 0,
                 device=layer.device,
+                groups=groups,
             )
         source = self._lists_from(layer)
         if source is None:

@@ -12,6 +12,7 @@ import torch
 
 from rheo_offload.cache import residency
 from rheo_offload.cache.device_pool import FullLayer, SlidingLayer
+from rheo_offload.cache.group_bounds import complete_groups
 from rheo_offload.execution import token_bias
 from rheo_offload.execution.attention_heat import PromptMass
 from rheo_offload.execution.summaries import summarize_chunk
@@ -109,6 +110,8 @@ def _store(ex: "Executor", layer: FullLayer, call: AttentionCall, chunk: Chunk) 
         ops.summarize_chunk(
             call.k, chunk.start, table, layer.k_host, layer.summary, summary_kind=layer.summary_kind
         )
+    for b, row in enumerate(range(chunk.rows.start, chunk.rows.stop)):
+        complete_groups(layer, cache.host_table, row, chunk.before[b], chunk.after[b])
     if layer.value_summary is not None:
         ops.summarize_chunk(
             call.v, chunk.start, table, layer.v_host, layer.value_summary, summary_kind="mean"

@@ -5,6 +5,7 @@ import copy
 import torch
 
 from rheo_offload.ops import of_kernels
+from rheo_offload.selection.index import Groups
 
 
 class SelectionLists:
@@ -25,7 +26,7 @@ class SelectionLists:
 
 
 class DecodeWorkspace(SelectionLists):
-    """Scratch for one geometry: rows x KV heads x query heads x head dim, N blocks, S selected.
+    """Scratch for one geometry: rows x KV heads x query heads x head dim, N blocks, S selected, groups opened or none.
 
     `out_parts` holds the estimated remainder first (`estimate_splits`, with `selection.remainder`), then the partials
     of the hits (`hit_splits`), then those of the loaded misses.
@@ -44,6 +45,7 @@ class DecodeWorkspace(SelectionLists):
         summary_width: int,
         estimates: bool,
         device: torch.device,
+        groups: Groups | None = None,
     ) -> None:
         super().__init__(rows, num_kv_heads, block_budget, device)
 
@@ -51,9 +53,17 @@ class DecodeWorkspace(SelectionLists):
             return torch.zeros(shape, dtype=torch.float32, device=device)
 
         self.key = (num_kv_heads, num_q_heads, head_dim, max_blocks, block_budget, summary_width)
-        self.logits = floats(rows, num_q_heads, max_blocks * max(summary_width, 1))
+        self.groups = groups
+        candidates = groups.candidates if groups else max_blocks
+        self.logits = floats(rows, num_q_heads, candidates * max(summary_width, 1))
         self.arrivals = torch.zeros(rows, num_kv_heads, dtype=torch.int32, device=device)
-        self.block_scores = floats(rows, num_kv_heads, max_blocks)
+        self.block_scores = floats(rows, num_kv_heads, candidates)
+        if groups is not None:
+            self.group_scores = floats(rows, num_kv_heads, -(-max_blocks // groups.group_blocks))
+            self.open_groups = torch.full(
+                (rows, num_kv_heads, groups.listed), -1, dtype=torch.int32, device=device
+            )
+            self.num_open = torch.zeros(rows, num_kv_heads, dtype=torch.int32, device=device)
         heads = rows * num_kv_heads
         self.hit_splits: int = of_kernels("launch", "attend_splits")(heads, block_budget, device)
         self.estimate_splits: int = (

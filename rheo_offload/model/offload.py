@@ -44,6 +44,7 @@ from rheo_offload.model.specs import (
 from rheo_offload.ops import kernels_for
 from rheo_offload.selection.base import LayerSelectors, Selector, method_of
 from rheo_offload.selection.duo import Duo
+from rheo_offload.selection.index import make_index
 from rheo_offload.selection.learned_bias import LearnedBias, bias_sizes
 from rheo_offload.selection.policy import (
     METHODS,
@@ -87,6 +88,7 @@ class RheoHandle:
         selection, size = config.selection, config.cache.block_size
         method = make_selector(selection.method, selection.params, block_size=size)
         check_heat(method, selection.heat_from)
+        self._index = make_index(method, selection, block_size=size)
         self._mean_values = mean_values(method, selection.remainder, block_size=size)
         self._selector = _for_layers(method, model, self.specs, selection.dense_layers, size)
         reuse = selection.reuse_layers
@@ -235,6 +237,9 @@ class RheoHandle:
             values = 0 if unscored else self._mean_values
             summaries[spec.layer_idx] = (kept.summary_kind, kept.summary_width(size), values)
 
+        scored = [i for i, (kind, *_) in summaries.items() if kind != "none"]
+        grouped = dict.fromkeys(scored, self._index.group_blocks) if self._index else {}
+
         def capacity_for(blocks: int, reclaimed_bytes: int = 0) -> int:
             width = selector.summary_width(size) + self._mean_values
             return self._capacity(config, rows, blocks, block_budget, width, dtype, device, reclaimed_bytes)
@@ -253,6 +258,7 @@ class RheoHandle:
                 dtype=dtype,
                 device=device,
                 bias_units={i: bias_units for i in self._heads if i not in config.selection.dense_layers},
+                group_blocks=grouped,
             )
 
         floor = capacity_floor(block_budget, max_blocks, 1.0)
@@ -265,6 +271,7 @@ class RheoHandle:
             heat_from=config.selection.heat_from,
             reuse_layers=self._reuse,
             reuse_steps=config.selection.reuse_steps,
+            index=self._index,
             kernels=config.execution.kernels,
             overlap=config.prefetch.overlap,
             audit_every=config.audit.every,
@@ -311,6 +318,7 @@ class RheoHandle:
             ),
             has_bias=has_bias,
             bias_units=bias_units,
+            group_blocks=self._index.group_blocks if self._index else 0,
         )
         memory = config.cache.device_memory
         if memory == "floor" or plan.pool_bytes_per_capacity == 0:

@@ -62,6 +62,20 @@ def test_the_sums_are_those_of_the_shapes(config_json: Path, capsys):
     assert record["device_bytes"] == sum(record[f"{part}_bytes"] for part in parts)
 
 
+def test_the_index_of_two_levels_keeps_two_vectors_a_group(config_json: Path, capsys):
+    arguments = ("--context", 65536, "--batch", 3, "--device-total", "8GiB", "cache.device_memory=floor")
+    _, flat = plan(capsys, config_json, *arguments)
+    _, record = plan(capsys, config_json, *arguments, "selection.index=two_level", "selection.index_group=32")
+    more = record["summary_bytes"] - flat["summary_bytes"]
+    assert more == 3 * 4 * 2 * (1024 // 32) * 2 * 16 * 2  # rows, layers, KV heads, groups, vectors, D, bf16
+    assert record["device_bytes"] - flat["device_bytes"] == more
+    assert (
+        main(["plan", "--model", str(config_json), "--context", "9999", "selection.index=two_level",
+              "selection.method=quest"]) == 2
+    )  # fmt: skip
+    assert "does not rank blocks by one mean key" in capsys.readouterr().err
+
+
 def test_a_bias_per_token_is_counted(config_json: Path, capsys):
     """64 numbers behind K and V of every block, on both sides; their means of 16 tokens (fp32) on the device."""
     flags = ["--context", 65536, "--device-total", "8GiB", "cache.device_memory=floor"]

@@ -39,10 +39,15 @@ def test_full_budget_loses_nothing_and_a_small_one_something(read):
     assert not hasattr(model, "rheo")
 
 
-def test_lent_history_equals_a_prefill(read):
+@pytest.mark.parametrize("index", ["flat", "two_level"])
+def test_lent_history_equals_a_prefill(read, index):
     model, dense = read
     assert len(dense.kv) == len(model.model.layers)
-    config = sparse_config(prefill={"chunk_tokens": fidelity.OWN_TOKENS}, audit={"every": 1})
+    config = sparse_config(
+        selection={"index": index, "index_group": 4},
+        prefill={"chunk_tokens": fidelity.OWN_TOKENS},
+        audit={"every": 1},
+    )
     lent = fidelity.measure(model, dense, config)
     offload(model, config)
     cache = model.rheo.new_cache(max_length=412)
@@ -51,6 +56,8 @@ def test_lent_history_equals_a_prefill(read):
     model.rheo.prefill(cache, dense.ids[:, :400])
     log_probs = fidelity._feed(model, dense.ids[:, 400:], cache)
     stats = model.rheo.stats(cache)
+    layers = cache.executor.cache.full.values()
+    assert any(cache.executor.groups_of(layer) is not None for layer in layers) == (index == "two_level")
     restore(model)
     kl = (dense.log_probs.exp() * (dense.log_probs - log_probs)).sum(-1)
     assert lent["kl_mean"] == pytest.approx(float(kl.mean()), rel=1e-3)

@@ -63,8 +63,11 @@ class World:
         return dataclasses.replace(self, scores=scores, q=None, summary=None, kw=self.kw | {"score": "given"})
 
 
-def build(case: str, *, resident: float = 0.6, ties: bool = False, tail_resident: bool = True) -> World:
-    score, heads, group, dim, slots, width, shares, seq_lens, normalise, dtype = CASES.get(case, LONG)
+def build(
+    case: str | tuple, *, resident: float = 0.6, ties: bool = False, tail_resident: bool = True
+) -> World:
+    found = case if isinstance(case, tuple) else CASES.get(case, LONG)
+    score, heads, group, dim, slots, width, shares, seq_lens, normalise, dtype = found
     pools = make_pools(
         heads, dim, C, seq_lens, slots=slots, dtype=dtype, resident=resident, tail_resident=tail_resident,
         step=STEP,
@@ -113,6 +116,10 @@ def run(fn, device, world: World, *, lists=None, **more):
     def move(t):
         return None if t is None else t.to(device, copy=True)
 
+    more = {name: move(x) if isinstance(x, torch.Tensor) else x for name, x in more.items()}
+    listed = more.get("open_groups")
+    if listed is not None:  # what is scored are the candidates
+        blocks = listed.shape[2] * more["group_blocks"]
     heat, scores, logits, arrivals = move(world.heat), move(world.scores), None, None
     if world.summary is not None:
         logits = poison(rows, world.q.shape[1], blocks * world.summary.shape[2], dtype=wide, device=device)

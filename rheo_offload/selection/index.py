@@ -1,0 +1,90 @@
+"""The index of two levels: groups of blocks are opened by a bound, then only the blocks of open groups are ranked.
+
+The channel-wise extremes of a group's mean keys bound what any of its blocks can score (Quest's bound, one level up),
+and its hottest block says whether to look into it whatever the query. What a step reads of the summaries shrinks from
+all of them to two vectors a group and the blocks of the open groups (ops `open_groups` and `decide`).
+"""
+
+from dataclasses import dataclass
+
+from rheo_offload.config import SelectionConfig
+from rheo_offload.errors import ConfigError
+from rheo_offload.selection.base import LayerSelectors, Selector, method_of
+from rheo_offload.types import Policy
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Index:
+    """What is configured."""
+
+    group_blocks: int
+    keep: float
+    """Share of the groups that a row can hold which is opened by bound."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Groups:
+    """How many groups a step opens, and why each of them."""
+
+    group_blocks: int
+    sink_groups: int
+    recent_groups: int
+    query_groups: int
+    agnostic_groups: int
+
+    @property
+    def listed(self) -> int:
+        """Groups that are open at most."""
+        return self.sink_groups + self.recent_groups + self.query_groups + self.agnostic_groups
+
+    @property
+    def candidates(self) -> int:
+        """Blocks that are ranked at most."""
+        return self.listed * self.group_blocks
+
+
+def groups_to_open(policy: Policy, max_blocks: int, index: Index) -> Groups:
+    """Return how many groups a step opens of rows that can hold `max_blocks` blocks.
+
+    All forced blocks lie in forced groups; the groups that are opened by bound hold at least twice the blocks that the
+    query takes, all of them together the budget, with only one block in the newest.
+    """
+    size = index.group_blocks
+    sink = _ceil(policy.sink_blocks, size)
+    recent = max(2, _ceil(policy.recent_blocks - 1, size) + 1)
+    query = _ceil(index.keep * _ceil(max_blocks, size), 1)
+    query = max(query, _ceil(2 * policy.query_blocks, size))
+    agnostic = _ceil(query, 2) if policy.agnostic_blocks else 0
+    missing = _ceil(policy.block_budget - 1, size) + 1 - (sink + recent + query + agnostic)
+    return Groups(
+        group_blocks=size,
+        sink_groups=sink,
+        recent_groups=recent,
+        query_groups=query + max(0, missing),
+        agnostic_groups=agnostic,
+    )
+
+
+def _ceil(value: float, unit: int) -> int:
+    return int(-(-value // unit))
+
+
+def make_index(
+    selector: Selector | LayerSelectors, selection: SelectionConfig, *, block_size: int
+) -> Index | None:
+    """Return the configured index; None: every block is ranked.
+
+    Raises:
+        ConfigError: it does not go with the method, the rule of the budget or the heat.
+    """
+    if selection.index == "flat":
+        return None
+    if selector.score_kind != "mean" or selector.summary_width(block_size) != 1:
+        why = f"method {selector.name!r} does not rank blocks by one mean key each; use mean_key, or hisa with it"
+    elif selection.budget != "fixed" or getattr(method_of(selector), "ragged", False):
+        why = "how many blocks a variable budget takes depends on the scores of all blocks; use selection.budget fixed"
+    elif selection.heat_from != "scores":
+        why = "heat from attention decays and grows for all blocks in every step; use selection.heat_from scores"
+    else:
+        return Index(group_blocks=selection.index_group, keep=selection.index_keep)
+    raise ConfigError(f"selection.index {selection.index!r}: {why}, or selection.index flat")
