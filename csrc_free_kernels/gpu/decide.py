@@ -1,7 +1,9 @@
 """Triton `decide`: score, select and resolve in one launch.
 
 The programs of a (row, head) share its summaries; the last of them to finish pools, selects and resolves, in
-registers as far as they hold a row.
+registers as far as they hold a row. With `open_groups` they see a shorter row: its candidates, the blocks of the open
+groups, ascending. As the row's end is among them, a row of as many tokens as its open groups hold is selected from
+like any other; only addresses and ids go through the list of groups.
 """
 
 from typing import Literal
@@ -11,13 +13,13 @@ import triton.language as tl
 from torch import Tensor
 
 from csrc_free_kernels.gpu.resolve import resolve_blocks, tile_of_slots
-from csrc_free_kernels.gpu.score_mean import arrive, pool_mean, pool_mean_at_once, unit_logits
+from csrc_free_kernels.gpu.score_mean import arrive, block_at, pool_mean, pool_mean_at_once, unit_logits
 from csrc_free_kernels.gpu.score_minmax import bounds
 from csrc_free_kernels.gpu.score_windows import pool_windows
 from csrc_free_kernels.gpu.select import MAX_BLOCKS, MAX_WARPS, fold_heat, select_blocks, warps_of
 from csrc_free_kernels.gpu.victims import id_range_of
 from csrc_free_kernels.launch import launch_of
-from csrc_free_kernels.reference.decide import check_score
+from csrc_free_kernels.reference.decide import check_groups, check_score
 from csrc_free_kernels.reference.score_minmax import check_minmax
 from csrc_free_kernels.reference.select import check_arguments, limit_of
 
@@ -57,7 +59,7 @@ def pool_scores(
 def decide_kernel(
     q, summary, heat, seq_lens, due, host_table, slot_of, block_in, last_used, slot_base, slot_count, step,
     logits, arrivals, block_scores, selected_blocks, num_selected, hit_slots, miss_slots,
-    load_src, load_dst, load_at, load_count, counters,
+    load_src, load_dst, load_at, load_count, counters, open_groups, num_open,
     softmax_scale, heat_decay, limit, num_blocks, block_size, Hkv, id_range,
     stride_qb, stride_qh, stride_sp, stride_sh, stride_sw, stride_tb, stride_lb, stride_lh,
     stride_bb, stride_bh, stride_hb, stride_hh, stride_ob, stride_oh,
@@ -66,21 +68,27 @@ def decide_kernel(
     G: tl.constexpr, G_P: tl.constexpr, G_POOL: tl.constexpr,
     D: tl.constexpr, D_P: tl.constexpr, W: tl.constexpr, TILE: tl.constexpr, POOL_TILE: tl.constexpr,
     S: tl.constexpr, S_P: tl.constexpr, N_P: tl.constexpr, SLOTS: tl.constexpr, UPCAST_DOT: tl.constexpr,
+    R: tl.constexpr, K: tl.constexpr,
 ):  # fmt: skip
     i_row = tl.program_id(0).to(tl.int64)
     i_b, i_h = (tl.program_id(0) // Hkv).to(tl.int64), (tl.program_id(0) % Hkv).to(tl.int64)
     seq_len, i_step = tl.load(seq_lens + i_b), tl.load(step)
+    p_groups, open_len = host_table, seq_len
+    if R > 1:  # every group that is not open is whole
+        p_groups = open_groups + i_row * K
+        span = block_size * R
+        open_len -= tl.maximum((seq_len + span - 1) // span - tl.load(num_open + i_row), 0) * span
     is_due = True
-    scored_len = seq_len  # a row that is not due has nothing to score
+    scored_len = open_len  # a row that is not due has nothing to score
     if DUE:
         is_due = (tl.load(due + i_b) != 0) | (seq_len == 0)
-        scored_len = tl.where(is_due, seq_len, 0)
+        scored_len = tl.where(is_due, open_len, 0)
     is_last = True
     if SCORE == "mean" or SCORE == "windows":
         is_last = unit_logits(
-            q, summary, host_table, scored_len, logits, arrivals, softmax_scale, num_blocks * W,
+            q, summary, host_table, p_groups, scored_len, logits, arrivals, softmax_scale, num_blocks * W,
             block_size // W, i_b, i_h, stride_qb, stride_qh, stride_sp, stride_sh, stride_sw, stride_tb,
-            stride_lb, stride_lh, G, G_P, D, D_P, W, TILE, UPCAST_DOT,
+            stride_lb, stride_lh, G, G_P, D, D_P, W, R, TILE, UPCAST_DOT,
         )  # fmt: skip
     elif SCORE == "minmax":
         bounds(
@@ -90,12 +98,16 @@ def decide_kernel(
         )  # fmt: skip
         is_last = arrive(arrivals + i_row)
     if is_last:
-        nb = (seq_len + block_size - 1) // block_size
+        nb, num_candidates = (
+            (seq_len + block_size - 1) // block_size,
+            (open_len + block_size - 1) // block_size,
+        )
         o_n = tl.arange(0, N_P)
         b_heat, b_score = tl.zeros([N_P], tl.float32), tl.zeros([N_P], tl.float32)
         if (AGNOSTIC > 0) | (NORMALISE != "none"):
-            p_heat = heat + i_b * stride_hb + i_h * stride_hh + o_n
-            b_heat = tl.load(p_heat, mask=o_n < nb, other=0.0)
+            b_id = block_at(p_groups, o_n, o_n < num_candidates, R)
+            p_heat = heat + i_b * stride_hb + i_h * stride_hh + b_id
+            b_heat = tl.load(p_heat, mask=o_n < num_candidates, other=0.0)
         if SCORE != "none":
             p_scores = block_scores + i_b * stride_bb + i_h * stride_bh
             b_score = pool_scores(
@@ -105,13 +117,19 @@ def decide_kernel(
         p_selected, p_slot_of = selected_blocks + i_row * S, slot_of + i_b * stride_ob + i_h * stride_oh
         if is_due:
             b_count = select_blocks(
-                b_score, b_heat, nb, limit, p_selected, num_selected + i_row,
+                b_score, b_heat, num_candidates, limit, p_selected, num_selected + i_row,
                 SINK, RECENT, QUERY, AGNOSTIC, RULE, S, S_P, N_P,
             )  # fmt: skip
         else:
             b_count = tl.load(num_selected + i_row)
         tl.debug_barrier()  # the list is read by other threads than wrote it
         o_s = tl.arange(0, S_P)
+        if R > 1 and is_due:  # from places among the candidates to blocks
+            m_s = o_s < b_count
+            b_place = tl.load(p_selected + o_s, mask=m_s, other=0)
+            tl.debug_barrier()
+            tl.store(p_selected + o_s, block_at(p_groups, b_place, m_s, R), mask=m_s)
+            tl.debug_barrier()
         b_block = tl.load(p_selected + o_s, mask=o_s < b_count, other=0)
         b_slot = tl.load(p_slot_of + b_block, mask=o_s < b_count, other=-1)
         resolve_blocks(
@@ -120,7 +138,7 @@ def decide_kernel(
             load_src, load_dst, load_at, load_count, counters + i_row * 5, SINK, RECENT, id_range, Hkv, S, S_P, SLOTS,
         )  # fmt: skip
         if NORMALISE != "none" and is_due:
-            fold_heat(p_heat, b_heat, b_score, o_n < nb, heat_decay, NORMALISE)
+            fold_heat(p_heat, b_heat, b_score, o_n < num_candidates, heat_decay, NORMALISE)
 
 
 def decide(
@@ -160,6 +178,9 @@ def decide(
     rule: str = "fixed",
     limit: float = 0.0,
     due: Tensor | None = None,
+    open_groups: Tensor | None = None,
+    num_open: Tensor | None = None,
+    group_blocks: int = 1,
 ) -> None:
     """Score, select and resolve: which blocks this step attends to, where they are, what must be loaded.
 
@@ -168,20 +189,26 @@ def decide(
     stream, no wait.
 
     Raises:
-        ValueError: an unknown `score` or `normalise`, scores or heat are needed and not given, a strided
-            tensor, or more blocks than a program can hold (32768).
+        ValueError: an unknown `score` or `normalise`, scores or heat are needed and not given, open groups with
+            what ranks otherwise than by mean keys, a strided tensor, or more blocks than a program can hold (32768).
     """
     check_score(score)
     check_arguments(
         None if score == "none" else block_scores, heat, query_blocks, agnostic_blocks, normalise, rule, limit
     )
-    whole = (selected_blocks, num_selected, slot_base, slot_count, hit_slots, miss_slots, counters)
+    rows, heads, num_blocks = slot_of.shape
+    num_groups, per_group = 0, 1
+    whole = [selected_blocks, num_selected, slot_base, slot_count, hit_slots, miss_slots, counters]
+    if open_groups is not None and num_open is not None:
+        check_groups(score, rule, block_scores, selected_blocks, open_groups, group_blocks)
+        whole += [open_groups, num_open]
+        num_groups, per_group = open_groups.shape[2], group_blocks
+        num_blocks = num_groups * per_group  # of this launch: the candidates
     given = [t for t in (q, summary, heat, logits, block_scores) if t is not None]
     if not all(t.is_contiguous() for t in whole) or any(
         t.stride(-1) != 1 for t in (*given, slot_of, host_table)
     ):
         raise ValueError("lists and counters must be contiguous, and the last dim of every tensor")
-    rows, heads, num_blocks = slot_of.shape
     if num_blocks > MAX_BLOCKS:
         raise ValueError(f"decide handles up to {MAX_BLOCKS} blocks, not {num_blocks}")
     if score in ("given", "none"):
@@ -197,7 +224,7 @@ def decide(
     decide_kernel[(rows * heads, splits)](
         q, summary, heat, seq_lens, due, host_table, slot_of, block_in, last_used, slot_base, slot_count, step,
         logits, arrivals, block_scores, selected_blocks, num_selected, hit_slots, miss_slots,
-        load_src, load_dst, load_at, load_count, counters,
+        load_src, load_dst, load_at, load_count, counters, open_groups, num_open,
         softmax_scale, heat_decay, limit_of(rule, limit), num_blocks, block_size, heads,
         id_range_of(slot_of, block_in),
         *strides_of(q, 2), *strides_of(summary, 3), host_table.stride(0), *strides_of(logits, 2),
@@ -205,7 +232,7 @@ def decide(
         SCORE=score, NORMALISE=normalise, SINK=sink_blocks, RECENT=recent_blocks, QUERY=query_blocks,
         AGNOSTIC=agnostic_blocks, RULE=rule, DUE=due is not None, G=group, G_P=max(16, pooled), G_POOL=pooled,
         D=dim, D_P=dim_p, W=units, S=width, S_P=triton.next_power_of_2(width), N_P=padded,
-        SLOTS=tile_of_slots(block_in, rows * heads),
+        SLOTS=tile_of_slots(block_in, rows * heads), R=per_group, K=num_groups,
         UPCAST_DOT=not seq_lens.is_cuda, **sizes,
     )  # fmt: skip
 

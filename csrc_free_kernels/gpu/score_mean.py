@@ -15,14 +15,24 @@ POOL_ELEMENTS = 2048  # logits that pooling holds at once: 16 a thread
 LOWEST = tl.constexpr(-3.0e38)  # finite stand-in for -inf, so that differences are never NaN
 
 
+# The block at a place among the candidates: those of the open groups, R blocks each, in order. R = 1: all blocks are.
+@triton.jit
+def block_at(p_groups, o_n, m_n, R: tl.constexpr):
+    if R == 1:
+        return o_n
+    else:
+        return tl.load(p_groups + o_n // R, mask=m_n, other=0) * R + o_n % R
+
+
 # Raw logits of the finished sub-units of one (row, head), tiles dealt out to the splits.
-# q [B, Hq, D], summary [P, Hkv, W, D], host_table [B, N] -> logits fp32 [B, Hq, N * W].
+# q [B, Hq, D], summary [P, Hkv, W, D], host_table [B, N] -> logits fp32 [B, Hq, N * W]; of candidates only where
+# p_groups [K] says so (R > 1, then W = 1), for which `seq_len` is the tokens in them.
 # Returns whether this program is the last of its (row, head): it may then read what all of them wrote.
 @triton.jit
 def unit_logits(
-    q, summary, host_table, seq_len, logits, arrivals, softmax_scale, max_units, unit_tokens, i_b, i_h,
+    q, summary, host_table, p_groups, seq_len, logits, arrivals, softmax_scale, max_units, unit_tokens, i_b, i_h,
     stride_qb, stride_qh, stride_sp, stride_sh, stride_sw, stride_tb, stride_lb, stride_lh,
-    G: tl.constexpr, G_P: tl.constexpr, D: tl.constexpr, D_P: tl.constexpr, W: tl.constexpr,
+    G: tl.constexpr, G_P: tl.constexpr, D: tl.constexpr, D_P: tl.constexpr, W: tl.constexpr, R: tl.constexpr,
     TILE: tl.constexpr, UPCAST_DOT: tl.constexpr,
 ):  # fmt: skip
     num_units = tl.minimum(seq_len // unit_tokens, max_units)
@@ -38,7 +48,9 @@ def unit_logits(
         o_u = i_start + tl.arange(0, TILE)
         m_u = o_u < num_units
         # as far as the table goes, so that this load need not wait for the length
-        b_page = tl.load(host_table + i_b * stride_tb + o_u // W, mask=o_u < max_units, other=0)
+        m_page = o_u < max_units if R == 1 else m_u
+        b_block = block_at(p_groups, o_u // W, m_page, R)
+        b_page = tl.load(host_table + i_b * stride_tb + b_block, mask=m_page, other=0)
         b_page = tl.maximum(b_page, 0).to(tl.int64)
         p_k = summary + b_page * stride_sp + i_h * stride_sh + (o_u % W) * stride_sw
         b_k = tl.load(p_k[:, None] + o_d[None, :], mask=m_u[:, None] & m_d[None, :], other=0.0)
@@ -136,9 +148,9 @@ def score_mean_kernel(
     i_h = (tl.program_id(0) % Hkv).to(tl.int64)
     seq_len = tl.load(seq_lens + i_b)
     is_last = unit_logits(
-        q, summary, host_table, seq_len, logits, arrivals, softmax_scale, num_blocks, block_size, i_b, i_h,
-        stride_qb, stride_qh, stride_sp, stride_sh, stride_sw, stride_tb, stride_lb, stride_lh,
-        G, G_P, D, D_P, 1, TILE, UPCAST_DOT,
+        q, summary, host_table, host_table, seq_len, logits, arrivals, softmax_scale, num_blocks, block_size, i_b,
+        i_h, stride_qb, stride_qh, stride_sp, stride_sh, stride_sw, stride_tb, stride_lb, stride_lh,
+        G, G_P, D, D_P, 1, 1, TILE, UPCAST_DOT,
     )  # fmt: skip
     if is_last:
         num_closed = tl.minimum(seq_len // block_size, num_blocks)
