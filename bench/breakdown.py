@@ -17,7 +17,7 @@ from bench.timing import RegionProfiler, synchronise
 PATTERNS = {
     "append": r"(ring_)?append\w*_kernel",
     "score": r"score_\w+_kernel",
-    "decide": r"(decide|select|resolve)\w*_kernel",
+    "decide": r"(decide|select|resolve|open_groups)\w*_kernel",
     "gather": r"gather_kernel",
     "attend": r"attend\w*_kernel",
     "merge": r"merge\w*_kernel",

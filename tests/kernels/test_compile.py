@@ -209,6 +209,25 @@ class World:
         rest = {"softmax_scale": 0.1, "block_size": 64, "heat_decay": 0.98, "normalise": normalise}
         return (*args, self.selected, self.num_selected, *lists), {"score": score} | shares | rest | rule
 
+    def decide_groups(self, groups):
+        """`decide` among the candidates of as many open groups of 16 blocks."""
+        args, kw = self.decide("mean")
+        candidates = [empty(*t.shape[:2], 16 * groups, dtype=FP32) for t in (self.logits, self.scores)]
+        args = list(args)
+        for old, new in zip((self.logits, self.scores), candidates, strict=True):
+            args[next(i for i, x in enumerate(args) if x is old)] = new
+        lists = {"open_groups": ints(4, 2, groups), "num_open": ints(4, 2), "group_blocks": 16}
+        return tuple(args), kw | lists
+
+    def open_groups(self):
+        rows, heads, blocks = self.slot_of.shape
+        groups, dim = blocks // 16, self.q.shape[2]
+        bounds = empty(rows, heads, groups, 2, dim, dtype=self.q.dtype)
+        lists = (self.num_selected, empty(rows, heads, groups, dtype=FP32), ints(rows, heads, 28), self.num_selected)
+        shares = dict(sink_groups=1, recent_groups=3, query_groups=16, agnostic_groups=8)
+        args = (self.q, bounds, self.summary, self.heat, self.host_table, self.rows, *lists)
+        return args, shares | {"block_size": 64, "group_blocks": 16}
+
     def attend_fetch(self, **kw):
         lists = (self.loads, self.loads, self.loads, self.load_count)
         blocks = (self.host_blocks, self.pool_blocks, self.total)
@@ -350,6 +369,10 @@ CASES = {
     "decide-mean-n256-g8": ("decide", lambda: World(W=1, N=256, G=8).decide("mean"), (90,), True),
     "decide-mean-n2048": ("decide", lambda: World(W=1, N=2048).decide("mean"), (80, 90), True),
     "decide-mean-n16384": ("decide", lambda: World(W=1, N=16384).decide("mean"), (90,), True),
+    "decide-mean-groups": ("decide", lambda: World(W=1, N=4096).decide_groups(52), (80, 90), True),
+    "open_groups": ("open_groups", lambda: World(W=1, N=4096).open_groups(), (80, 90), True),
+    "open_groups-n32768": ("open_groups", lambda: World(W=1, N=32768).open_groups(), (90,), True),
+    "open_groups-fp32": ("open_groups", lambda: World(W=1, N=4096, dtype=FP32).open_groups(), (90,), True),
     "decide-windows": ("decide", lambda: World().decide("windows"), (80, 90), True),
     "decide-minmax": ("decide", lambda: World(W=2).decide("minmax", normalise="softmax"), (80, 90), True),
     "decide-minmax-pages": (
