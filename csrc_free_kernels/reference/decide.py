@@ -185,12 +185,10 @@ def _choose_in_groups(
     tokens = block_size * group_blocks
     group = open_groups.long().repeat_interleave(group_blocks, 2)  # [B, Hkv, K * R], of every candidate
     ids = group * group_blocks + torch.arange(group.shape[2], device=q.device) % group_blocks
-    ids = torch.where(
-        (group < 0) | (ids >= blocks), blocks, ids
-    )  # what does not exist shares one spare place
-    skipped = (
-        (due_lens[:, None] - 1) // tokens + 1 - num_open
-    )  # groups cut out, all of them ahead of the tail
+    # What does not exist shares one spare place.
+    ids = torch.where((group < 0) | (ids >= blocks), blocks, ids)
+    # The groups that are cut out all lie ahead of the tail, so a row is shorter by all their tokens.
+    skipped = (due_lens[:, None] - 1) // tokens + 1 - num_open
     lens = torch.where(due_lens[:, None] > 0, due_lens[:, None] - skipped * tokens, 0).flatten().int()
 
     table = F.pad(host_table.clamp(min=0), (0, 1))[:, None].expand(-1, heads, -1)

@@ -21,6 +21,7 @@ from rheo_offload.execution.dense_rounds import attend_everything
 from rheo_offload.execution.refine import attend_tokens
 from rheo_offload.execution.summaries import summarize_tails
 from rheo_offload.execution.workspace import DecodeWorkspace
+from rheo_offload.selection.index import Groups
 from rheo_offload.selection.learned_bias import LearnedBias, keeps_heat
 from rheo_offload.types import AttentionCall
 
@@ -114,6 +115,7 @@ def _choose(
             )  # fmt: skip
     due = None if ex.is_dense(layer) else ex.due(rows)
     with ex.region("decide"):
+        opened = {} if ws.groups is None else _open_groups(ex, layer, ws, ws.groups, q, now, due)
         ops.decide(
             q, layer.summary, layer.heat if keeps_heat(selector) else None, now.lens, now.host_table,
             *tables, ws.logits, ws.arrivals, ws.block_scores if selector.score_kind != "none" else None,
@@ -121,7 +123,7 @@ def _choose(
             score=selector.score_kind, softmax_scale=softmax_scale, block_size=size, **forced,
             query_blocks=policy.query_blocks, agnostic_blocks=policy.agnostic_blocks,
             heat_decay=policy.heat_decay, normalise="none" if ex.attention_heat_of(layer) else selector.normalise,
-            rule=policy.rule, limit=policy.limit, due=due, **_open_groups(ex, layer, ws, now, q, due),
+            rule=policy.rule, limit=policy.limit, due=due, **opened,
         )  # fmt: skip
 
 
@@ -129,18 +131,17 @@ def _open_groups(
     ex: "Executor",
     layer: FullLayer,
     ws: DecodeWorkspace,
-    now: StepTables,
+    groups: Groups,
     q: torch.Tensor,
+    now: StepTables,
     due: torch.Tensor | None,
 ) -> dict[str, Any]:
-    """List the groups whose blocks are to be ranked; returns what `decide` takes: nothing where it ranks all blocks."""
-    if ws.groups is None:
-        return {}
+    """List the groups whose blocks are to be ranked; returns them as `decide` takes them."""
     ex.ops.open_groups(
         q, layer.group_bounds, layer.summary, layer.heat, now.host_table, now.lens, ws.arrivals, ws.group_scores,
-        ws.open_groups, ws.num_open, block_size=ex.cache.block_size, **asdict(ws.groups), due=due,
+        ws.open_groups, ws.num_open, block_size=ex.cache.block_size, **asdict(groups), due=due,
     )  # fmt: skip
-    return dict(open_groups=ws.open_groups, num_open=ws.num_open, group_blocks=ws.groups.group_blocks)
+    return dict(open_groups=ws.open_groups, num_open=ws.num_open, group_blocks=groups.group_blocks)
 
 
 def _attend_blocks(

@@ -5,6 +5,7 @@ and its hottest block says whether to look into it whatever the query. What a st
 all of them to two vectors a group and the blocks of the open groups (ops `open_groups` and `decide`).
 """
 
+import math
 from dataclasses import dataclass
 
 from rheo_offload.config import SelectionConfig
@@ -52,8 +53,8 @@ def groups_to_open(policy: Policy, max_blocks: int, index: Index) -> Groups:
     size = index.group_blocks
     sink = _ceil(policy.sink_blocks, size)
     recent = max(2, _ceil(policy.recent_blocks - 1, size) + 1)
-    query = _ceil(index.keep * _ceil(max_blocks, size), 1)
-    query = max(query, _ceil(2 * policy.query_blocks, size))
+    share = math.ceil(round(index.keep * _ceil(max_blocks, size), 6))  # 0.1 of 30 groups are 3
+    query = max(share, _ceil(2 * policy.query_blocks, size))
     agnostic = _ceil(query, 2) if policy.agnostic_blocks else 0
     missing = _ceil(policy.block_budget - 1, size) + 1 - (sink + recent + query + agnostic)
     return Groups(
@@ -65,8 +66,8 @@ def groups_to_open(policy: Policy, max_blocks: int, index: Index) -> Groups:
     )
 
 
-def _ceil(value: float, unit: int) -> int:
-    return int(-(-value // unit))
+def _ceil(value: int, unit: int) -> int:
+    return -(-value // unit)
 
 
 def make_index(

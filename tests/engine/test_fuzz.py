@@ -18,3 +18,13 @@ def test_twins_agree(family):
     assert report.events["admitted"] > 3 and report.tokens_compared > 100
     if DEVICE != "cpu":
         assert report.captures > 3 and report.events["tables grown"] > 0
+
+
+def test_twins_agree_with_an_index_of_two_levels():
+    """Rows move, leave and grow; captured steps open groups, and begin to when the table has grown."""
+    steps = 60 if DEVICE == "cpu" else 400
+    index = {"index": "two_level", "index_group": 4, "index_keep": 0.05, "query_agnostic_share": 0.0}
+    config = sparse_config(**TIGHT | {"selection": index})
+    report = fuzz(lambda: tiny_model("llama", device=DEVICE), config, steps=steps)
+    assert report.ok, report
+    assert report.events["admitted"] > 3 and report.tokens_compared > 100

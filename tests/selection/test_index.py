@@ -266,6 +266,11 @@ def test_numbers_at_a_million_tokens():
     assert (groups.query_groups, groups.agnostic_groups, groups.candidates) == (256, 128, 388 * 16)
 
 
+def test_a_share_that_comes_out_even_is_not_rounded_up():
+    """0.1 * 30 is a little above 3 as a float."""
+    assert groups_to_open(policy(9, 0, 1, 4, 0), 120, Index(group_blocks=4, keep=0.1)).query_groups == 3
+
+
 def test_bounds_are_counted():
     specs = layer_specs(long_model().config)
     plans = [
