@@ -97,12 +97,12 @@ class SelectionConfig:
     `rheo trace plan` wrote. The layers have as many KV heads."""
     reuse_steps: int = 1
     """Decode steps that one selection serves; at least 1. A row selects anew when it opens a block, in any case."""
-    index: Literal["flat", "two_level"] = "flat"
+    index: Literal["auto", "flat", "two_level"] = "auto"
     """What a step ranks: all blocks (`flat`), or those of the groups that a bound of their mean keys opens
-    (`two_level`): for long contexts."""
-    index_group: int = 16
+    (`two_level`); `auto`: groups where a row can hold 2048 blocks and the method allows it."""
+    index_group: int = 32
     """Blocks in a group of the index; a power of two, 4 to 64."""
-    index_keep: float = 0.125
+    index_keep: float = 0.09
     """Share of the groups that a row can hold which is opened by bound; above 0, at most 1."""
     params: dict[str, Any] = field(default_factory=dict)
     """The method's own parameters, checked by the method when a model is offloaded (docs/selectors.md)."""

@@ -28,10 +28,11 @@ def plan(
     selector = make_selector(selection.method, selection.params, block_size=size)
     has_bias, bias_units = bias_sizes(selector, size)
     index = make_index(selector, selection, block_size=size)
+    max_blocks = context // size + SESSION_BLOCKS
     return plan_memory(
         layer_specs(lab.model.config),
         rows=batch,
-        max_blocks=context // size + SESSION_BLOCKS,
+        max_blocks=max_blocks,
         block_size=size,
         block_budget=int(selection.token_budget) // size,
         capacity_ratio=capacity_ratio or config.cache.capacity_ratio,
@@ -42,7 +43,7 @@ def plan(
         capacity_blocks=capacity_blocks,
         has_bias=has_bias,
         bias_units=bias_units,
-        group_blocks=index.group_blocks if index else 0,
+        group_blocks=index.group_blocks_of(max_blocks) if index else 0,
     )
 
 

@@ -64,6 +64,7 @@ class KVCache:
         device: torch.device,
         bias_units: Mapping[int, int] | None = None,
         group_blocks: Mapping[int, int] | None = None,
+        grouped_from: int = 0,
     ) -> None:
         """Allocate an empty cache.
 
@@ -81,11 +82,13 @@ class KVCache:
             device: of the pool.
             bias_units: layer_idx -> parts of a block whose mean bias is kept; left out: none.
             group_blocks: layer_idx -> blocks of a group whose bounds are kept; left out: none.
+            grouped_from: blocks of a row from which on they are.
         """
         self.specs, self.store, self.page = list(specs), store, page
         self.rows, self.block_size, self.sink_blocks = rows, block_size, sink_blocks
         self.dtype, self.device, self.summaries = dtype, device, summaries
-        self.bias_units, self.group_blocks = bias_units or {}, group_blocks or {}
+        self.bias_units = bias_units or {}
+        self.group_blocks, self.grouped_from = group_blocks or {}, grouped_from
         self.lengths = [0] * rows
         self.longest = [0] * rows
         """The most tokens each row ever held: what a ring has overwritten stays overwritten."""
@@ -143,7 +146,7 @@ class KVCache:
                 max_pages=self._pages_to_cover(),
                 device=self.device,
                 bias_units=self.bias_units.get(i, 0),
-                group_blocks=self.group_blocks.get(i, 0),
+                group_blocks=self.group_blocks.get(i, 0) if max_blocks >= self.grouped_from else 0,
             )
             if kept:
                 heat, layer.counters, layer.traffic, by_page = kept

@@ -95,7 +95,7 @@ class Planner:
                 capacity_blocks=capacity_blocks,
                 has_bias=has_bias,
                 bias_units=bias_units,
-                group_blocks=index.group_blocks if index else 0,
+                group_blocks=index.group_blocks_of(max_blocks) if index else 0,
             )
 
         memory = planned(self._capacity(budget // size, max_blocks, planned))

@@ -303,7 +303,9 @@ class Executor:
         A table too short to gain from the index is ranked whole. That depends on nothing but its length, so a layer
         that opens groups has done so, and kept their bounds, since the table got this length.
         """
-        if self.index is None or self.is_dense(layer) or self.source_of(layer) is not None:
+        if layer.group_bounds is None or self.index is None:
+            return None
+        if self.is_dense(layer) or self.source_of(layer) is not None:
             return None
         if groups_to_open(self.policy, layer.max_blocks, self.index).candidates >= layer.max_blocks:
             return None

@@ -259,6 +259,7 @@ class RheoHandle:
                 device=device,
                 bias_units={i: bias_units for i in self._heads if i not in config.selection.dense_layers},
                 group_blocks=grouped,
+                grouped_from=self._index.min_blocks if self._index else 0,
             )
 
         floor = capacity_floor(block_budget, max_blocks, 1.0)
@@ -318,7 +319,7 @@ class RheoHandle:
             ),
             has_bias=has_bias,
             bias_units=bias_units,
-            group_blocks=self._index.group_blocks if self._index else 0,
+            group_blocks=self._index.group_blocks_of(max_blocks) if self._index else 0,
         )
         memory = config.cache.device_memory
         if memory == "floor" or plan.pool_bytes_per_capacity == 0:

@@ -13,6 +13,9 @@ from rheo_offload.errors import ConfigError
 from rheo_offload.selection.base import LayerSelectors, Selector, method_of
 from rheo_offload.types import Policy
 
+AUTO_BLOCKS = 2048
+"""From how many blocks on `auto` opens groups: with fewer, the launch takes as long as what it saves."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Index:
@@ -21,6 +24,12 @@ class Index:
     group_blocks: int
     keep: float
     """Share of the groups that a row can hold which is opened by bound."""
+    min_blocks: int = 0
+    """Blocks that a row must be able to hold; of fewer, all are ranked."""
+
+    def group_blocks_of(self, max_blocks: int) -> int:
+        """Return the blocks of a group in tables of that length, 0 where all blocks are ranked."""
+        return self.group_blocks if max_blocks >= self.min_blocks else 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -75,17 +84,28 @@ def make_index(
 ) -> Index | None:
     """Return the configured index; None: every block is ranked.
 
+    `auto` is `two_level` for long tables where it goes with the rest of the configuration, and `flat` elsewhere.
+
     Raises:
-        ConfigError: it does not go with the method, the rule of the budget or the heat.
+        ConfigError: `two_level` does not go with the method, the rule of the budget or the heat.
     """
     if selection.index == "flat":
         return None
-    if selector.score_kind != "mean" or selector.summary_width(block_size) != 1:
-        why = f"method {selector.name!r} does not rank blocks by one mean key each; use mean_key, or hisa with it"
-    elif selection.budget != "fixed" or getattr(method_of(selector), "ragged", False):
-        why = "how many blocks a variable budget takes depends on the scores of all blocks; use selection.budget fixed"
-    elif selection.heat_from != "scores":
-        why = "heat from attention decays and grows for all blocks in every step; use selection.heat_from scores"
-    else:
-        return Index(group_blocks=selection.index_group, keep=selection.index_keep)
+    why = _conflict(selector, selection, block_size)
+    if why is None:
+        least = AUTO_BLOCKS if selection.index == "auto" else 0
+        return Index(group_blocks=selection.index_group, keep=selection.index_keep, min_blocks=least)
+    if selection.index == "auto":
+        return None
     raise ConfigError(f"selection.index {selection.index!r}: {why}, or selection.index flat")
+
+
+def _conflict(selector: Selector | LayerSelectors, selection: SelectionConfig, block_size: int) -> str | None:
+    """Say why an index does not go with the rest, and what would; None: it does."""
+    if selector.score_kind != "mean" or selector.summary_width(block_size) != 1:
+        return f"method {selector.name!r} does not rank blocks by one mean key each; use mean_key, or hisa with it"
+    if selection.budget != "fixed" or getattr(method_of(selector), "ragged", False):
+        return "how many blocks a variable budget takes depends on the scores of all blocks; use selection.budget fixed"
+    if selection.heat_from != "scores":
+        return "heat from attention decays and grows for all blocks in every step; use selection.heat_from scores"
+    return None

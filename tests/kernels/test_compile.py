@@ -223,7 +223,12 @@ class World:
         rows, heads, blocks = self.slot_of.shape
         groups, dim = blocks // 16, self.q.shape[2]
         bounds = empty(rows, heads, groups, 2, dim, dtype=self.q.dtype)
-        lists = (self.num_selected, empty(rows, heads, groups, dtype=FP32), ints(rows, heads, 28), self.num_selected)
+        lists = (
+            self.num_selected,
+            empty(rows, heads, groups, dtype=FP32),
+            ints(rows, heads, 28),
+            self.num_selected,
+        )
         shares = dict(sink_groups=1, recent_groups=3, query_groups=16, agnostic_groups=8)
         args = (self.q, bounds, self.summary, self.heat, self.host_table, self.rows, *lists)
         return args, shares | {"block_size": 64, "group_blocks": 16}

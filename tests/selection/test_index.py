@@ -8,7 +8,7 @@ from rheo_offload.cache.sizing import plan_memory
 from rheo_offload.engine import engine as engine_module
 from rheo_offload.execution.executor import Executor
 from rheo_offload.model.specs import layer_specs
-from rheo_offload.selection.index import Index, groups_to_open
+from rheo_offload.selection.index import AUTO_BLOCKS, Index, groups_to_open
 from rheo_offload.trace.recorder import record
 from rheo_offload.types import Policy
 from tests.helpers.homes import DEVICE
@@ -314,6 +314,22 @@ def test_bounds_are_counted():
 def test_refused_with_the_reason(method, selection, why):
     with pytest.raises(ConfigError, match=f"selection.index 'two_level': .*{why}"):
         offload(long_model(), indexed(method, selection=selection))
+
+
+def test_auto_opens_groups_of_long_tables_where_it_can():
+    """What `two_level` would refuse, `auto` ranks whole; a table below its length keeps no bounds."""
+    model = long_model()
+    offload(model, indexed(selection={"index": "auto"}))
+    kept = []
+    for blocks in (AUTO_BLOCKS - 1, AUTO_BLOCKS):
+        cache = model.rheo.new_cache(max_length=blocks * BLOCK)
+        greedy(model, prompt(300), new=2, past_key_values=cache)
+        layer = cache.executor.cache.full[0]
+        kept.append((layer.group_bounds is None, cache.executor.groups_of(layer) is None))
+    assert kept == [(True, True), (False, False)]
+    restore(model)
+    offload(model, indexed("quest", selection={"index": "auto"}))
+    greedy(model, prompt(300), new=2)
 
 
 def test_streaming_heads_are_refused(alphas):  # noqa: F811
