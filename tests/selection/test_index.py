@@ -35,7 +35,7 @@ def always(monkeypatch):
     """Let layers open groups also where the table is too short to gain from it."""
 
     def groups_of(self, layer):
-        found = self.index is not None and not self.is_dense(layer) and self.source_of(layer) is None
+        found = layer.group_bounds is not None and not self.is_dense(layer) and self.source_of(layer) is None
         return groups_to_open(self.policy_of(layer), layer.max_blocks, self.index) if found else None
 
     monkeypatch.setattr(Executor, "groups_of", groups_of)
