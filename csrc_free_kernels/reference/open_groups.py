@@ -1,7 +1,5 @@
 """Truth of `open_groups`: the groups of blocks that a step looks into, by a bound of their logits and by heat."""
 
-import math
-
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -119,11 +117,3 @@ def check_open_groups(
         raise ValueError(
             f"{group_bounds.shape[2]} groups of {group_blocks} blocks are not those of {host_table.shape[1]} blocks"
         )
-
-
-KEEP_BITS = 20  # of the Triton home's earlier form; goes with it
-
-
-def keep_units(keep: float) -> int:
-    """Return a share in units of 2^-KEEP_BITS, rounded up."""
-    return math.ceil(keep * 2**KEEP_BITS)
