@@ -1,6 +1,7 @@
 """Command line of the benchmarks: a verb a suite, listed in bench/README.md."""
 
 import argparse
+import itertools
 import json
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -29,7 +30,7 @@ from bench.env import environment, machine
 from bench.few_rows import table_after
 from bench.fused import run_fused
 from bench.gather import run_gather
-from bench.kernels import run_kernels, shape_of
+from bench.kernels import INDEXED, TIMED, run_kernels, shape_of
 from bench.prefetch_time import Machine
 from bench.schema import Environment, Row, write_rows
 from bench.sessions import ROUNDS
@@ -154,6 +155,10 @@ def _parser() -> argparse.ArgumentParser:
     kernels = suites.add_parser("kernels", parents=[common], help="the ops of a decode step, one by one")
     kernels.add_argument("--batch-sizes", type=_list_of(int), default=[1, 8, 16, 32, 64], metavar="N,...")
     kernels.add_argument("--blocks", type=_list_of(int), default=[256, 2048], metavar="N,...")
+    kernels.add_argument("--block-size", type=int, default=64, metavar="TOKENS", help="default: 64")
+    kernels.add_argument(
+        "--ops", type=_list_of(str), default=[*TIMED, *INDEXED], metavar="OP,...", help="default: all"
+    )
     kernels.add_argument(
         "--tune",
         action="store_true",
@@ -343,11 +348,15 @@ def _kernels(args: argparse.Namespace, argv: Sequence[str]) -> int:
         path.parent.mkdir(parents=True, exist_ok=True)
         tune(args.batch_sizes, args.blocks, args.quick, device, path, args.jobs)
         return 0
-    shapes = [shape_of(rows, blocks, args.quick) for rows in args.batch_sizes for blocks in args.blocks]
+    if unknown := set(args.ops) - {*TIMED, *INDEXED}:
+        raise SystemExit(f"unknown ops: {', '.join(sorted(unknown))}; known: {', '.join((*TIMED, *INDEXED))}")
+    cases = itertools.product(args.blocks, args.batch_sizes)
+    shapes = [shape_of(rows, blocks, args.quick, args.block_size) for blocks, rows in cases]
     compile_ahead([(shape, 1, "all", {}, device) for shape in shapes], args.jobs)
     results = _results(args, argv, "kernels", device)
-    rates = run_kernels(args.batch_sizes, args.blocks, args.quick, device, results.add)
-    settings = {key: vars(args)[key] for key in ("batch_sizes", "blocks", "quick", "device")}
+    rates = run_kernels(shapes, device, results.add, args.ops)
+    keys = ("batch_sizes", "blocks", "block_size", "ops", "quick", "device")
+    settings = {key: vars(args)[key] for key in keys}
     results.save(device, asdict(rates), {"bench": {"suite": "kernels", **settings}})
     return results.exit_code()
 

@@ -4,8 +4,8 @@ The layers take turns among states that together exceed the L2 cache, as those o
 """
 
 import itertools
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
 
 import torch
 from torch import Tensor
@@ -13,13 +13,17 @@ from torch import Tensor
 from bench.schema import Row
 from bench.timing import Quantiles, Rates, measure_rates, synchronise, time_calls
 from csrc_free_kernels import launch
+from rheo_offload.config import SelectionConfig
 from rheo_offload.ops import kernels_for
+from rheo_offload.selection.index import Groups, Index, groups_to_open
+from rheo_offload.types import Policy
 
 LAYERS = 32
 STATE_BYTES = 200 * 2**20  # of states a graph visits at least: four times the L2 cache of an H100
 REPLAYS = 20
 STEPS_BETWEEN = 4  # of a settling step, between two times that its load list is emptied
 SETTLING_ROUNDS = 80  # of those: 0.9 ** 320 leaves nothing of the heat that a layer began with
+BUDGET_TOKENS, CAPACITY_TOKENS = 4096, 6144
 QUICK_SHAPE = {"heads": 2, "group": 2, "dim": 32, "block_size": 16, "budget": 4, "capacity": 6}
 
 
@@ -88,6 +92,23 @@ class Layer:
         return self.slot_of, self.block_in, self.last_used, self.base, self.count
 
 
+class Opened:
+    """What the index of two levels adds: bounds of a layer's groups, and the lists and scratch of a step."""
+
+    def __init__(self, s: Shape, groups: Groups, layers: int, device: torch.device) -> None:
+        self.groups, size = groups, groups.group_blocks
+        num_groups, pairs = -(-s.blocks // size), (s.rows, s.heads)
+        shape = (layers, *pairs, num_groups, 2, s.dim)
+        self.bounds = torch.randn(shape, device=device, dtype=s.dtype).sort(4, descending=True).values
+        self.scores = torch.zeros(*pairs, num_groups, device=device)
+        self.lists, self.count = (
+            torch.zeros(*shape, dtype=torch.int32, device=device)
+            for shape in ((*pairs, groups.listed), pairs)
+        )
+        self.logits = torch.zeros(s.rows, s.heads * s.group, groups.candidates, device=device)
+        self.block_scores = torch.zeros(*pairs, groups.candidates, device=device)
+
+
 class Step:
     """The ops of one layer's decode step over layers in turn, and their scratch."""
 
@@ -135,6 +156,12 @@ class Step:
             "block_size": s.block_size, "sink_blocks": 1, "recent_blocks": recent, "query_blocks": query,
             "agnostic_blocks": s.budget - 1 - recent - query, "heat_decay": 0.9, "normalise": "sum",
         }  # fmt: skip
+        selection, shares = SelectionConfig(), {k: v for k, v in self.policy.items() if k.endswith("_blocks")}
+        index = Index(group_blocks=selection.index_group, keep=selection.index_keep)
+        groups = groups_to_open(
+            Policy(block_budget=s.budget, heat_decay=self.policy["heat_decay"], **shares), s.blocks, index
+        )
+        self.opened = Opened(s, groups, count, device) if groups.candidates < s.blocks else None
         self.split()
         for layer in self.layers:  # the loads of the first step are pretended: every block is resident then
             self.load_count.zero_()
@@ -161,14 +188,33 @@ class Step:
             *x.tables, self.step, x.summary, self.load_count, sink_blocks=1, summary_kind="mean",
         )  # fmt: skip
 
-    def decide(self, x: Layer) -> None:
-        """Score, select and resolve in one launch."""
+    def decide(self, x: Layer, opened: Opened | None = None) -> None:
+        """Score, select and resolve in one launch, among all blocks or those of open groups."""
+        scratch, lists = (self if opened is None else opened), {}
+        scores = self.scores if opened is None else opened.block_scores
+        if opened is not None:
+            lists = {"open_groups": opened.lists, "num_open": opened.count}
+            lists["group_blocks"] = opened.groups.group_blocks
         self.ops.decide(
-            self.q, x.summary, x.heat, self.seq_lens, self.page_table, *x.tables, self.step, self.logits,
-            self.arrivals, self.scores, self.selected, self.num_selected, self.hits, self.misses,
+            self.q, x.summary, x.heat, self.seq_lens, self.page_table, *x.tables, self.step, scratch.logits,
+            self.arrivals, scores, self.selected, self.num_selected, self.hits, self.misses,
             self.load_src, self.load_dst, self.load_at, self.load_count, x.counters,
-            score="mean", softmax_scale=self.shape.dim**-0.5, **self.policy,
+            score="mean", softmax_scale=self.shape.dim**-0.5, **self.policy, **lists,
         )  # fmt: skip
+
+    def open_groups(self, x: Layer) -> None:
+        """Say which groups of blocks `decide` looks into."""
+        o = self.opened
+        assert o is not None
+        self.ops.open_groups(
+            self.q, o.bounds[self.layers.index(x)], x.summary, x.heat, self.page_table, self.seq_lens, self.arrivals,
+            o.scores, o.lists, o.count, block_size=self.shape.block_size, **asdict(o.groups),
+        )  # fmt: skip
+
+    def open_and_decide(self, x: Layer) -> None:
+        """The index of two levels: both launches."""
+        self.open_groups(x)
+        self.decide(x, self.opened)
 
     def score(self, x: Layer) -> None:
         """Score alone."""
@@ -249,8 +295,12 @@ class Step:
         """Bytes that must be read from device memory, by op; others move next to nothing."""
         s = self.shape
         both = s.attended_bytes + s.scored_bytes
+        o = self.opened
+        bounds = 0 if o is None else o.bounds[0].nbytes
+        candidates = 0 if o is None else s.scored_bytes * o.groups.candidates // s.blocks
         return {
             "score": s.scored_bytes, "decide": s.scored_bytes, "attend": s.attended_bytes,
+            "open_groups": bounds, "open_and_decide": bounds + candidates,
             "attend_fetch": s.attended_bytes,
             "attend_centroids": 2 * s.scored_bytes * max(s.blocks - s.budget, 0) // s.blocks,
             "block_mass": s.attended_bytes // 2,
@@ -295,26 +345,33 @@ TIMED = (
     "append", "score", "select", "resolve", "decide", "gather", "attend", "merge", "attend_fetch",
     "attend_centroids", "block_mass", "layer_of_single_ops", "layer",
 )  # fmt: skip
+INDEXED = ("open_groups", "open_and_decide")
+"""Ops that there are only where the index of two levels leaves blocks out."""
 
 
-def shape_of(rows: int, blocks: int, quick: bool) -> Shape:
+def shape_of(rows: int, blocks: int, quick: bool, block_size: int = Shape.block_size) -> Shape:
     """Return the shape of a case; `quick` is one that a CPU finishes in no time."""
-    return (
-        Shape(rows=rows, blocks=blocks, dtype=torch.float32, **QUICK_SHAPE)
-        if quick
-        else Shape(rows=rows, blocks=blocks)
-    )
+    if quick:
+        return Shape(rows=rows, blocks=blocks, dtype=torch.float32, **QUICK_SHAPE)
+    budget, capacity = (tokens // block_size for tokens in (BUDGET_TOKENS, CAPACITY_TOKENS))
+    return Shape(rows=rows, blocks=blocks, block_size=block_size, budget=budget, capacity=capacity)
 
 
 def run_kernels(
-    batches: list[int], blocks: list[int], quick: bool, device: torch.device, add: Callable[[Row], None]
+    shapes: Sequence[Shape],
+    device: torch.device,
+    add: Callable[[Row], None],
+    ops: Sequence[str] = (*TIMED, *INDEXED),
 ) -> Rates:
-    """Time every op at every batch and number of blocks, handing rows to `add`; returns the rates of the floors."""
+    """Time the ops of every shape, handing rows to `add`; returns the rates of the floors."""
+    quick = device.type == "cpu"
     rates = measure_rates(device, 2**24 if quick else 2**30)
-    for num_blocks, rows in itertools.product(blocks, batches):
-        step = Step(shape_of(rows, num_blocks, quick), device)
+    for shape in shapes:
+        step = Step(shape, device)
         floors = step.floors()
-        for name in TIMED:
+        for name in ops:
+            if name in INDEXED and step.opened is None:
+                continue
             times = Quantiles.of(step.time_ms(getattr(step, name), 3 if quick else REPLAYS))
             add(_row(step.shape, name, times, 1e3 * floors.get(name, 0) / rates.memory))
         del step
@@ -325,7 +382,7 @@ def _row(s: Shape, name: str, times: Quantiles, floor_ms: float) -> Row:
     us = times.map(lambda ms: 1e3 * ms)
     row = Row(
         suite="kernels",
-        case_id=f"{name}-b{s.rows}-n{s.blocks}",
+        case_id=f"{name}-b{s.rows}-n{s.blocks}x{s.block_size}",
         metric="time",
         unit="us",
         p20=us.p20,

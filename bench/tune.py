@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from bench.kernels import TIMED, Layer, Shape, Step, shape_of
+from bench.kernels import INDEXED, TIMED, Layer, Shape, Step, shape_of
 from bench.timing import Quantiles
 from csrc_free_kernels import launch
 
@@ -81,7 +81,7 @@ def _compile(job: Job) -> None:
             with launch.candidate("decide", device, pairs, decide_features(s), use):
                 step.decide(x)
         else:
-            for name in TIMED:
+            for name in (*TIMED, *(INDEXED if step.opened else ())):
                 getattr(step, name)(x)
     except Exception as error:  # told again, with its time missing, when it is tried
         print(f"does not run: {op} {use}: {type(error).__name__}: {error}")
