@@ -60,14 +60,14 @@ def task_tables(rows: Sequence[Row]) -> str:
         asked = TASKS[task].prefills_question
         head = ["method", "budget", *(TITLES.get(name, name.replace("_", " ")) for name in names)]
         head += ["question prefilled"] if asked else []
-        head += ["captured mass", "hit rate", "KiB / token", "hits", "misses", "evictions", "cases"]
+        head += [*_locality_head(rows), "hits", "misses", "evictions", "cases"]
         lines = []
         for (method, budget), group in _groups(of_task).items():
             cells = [_average(group, task, name) for name in names]
             if asked:
                 beside = [row.dense_question for row in group if row.dense_question is not None]
                 cells.append(_number(TASKS[task].summary(beside)) if beside else "")
-            lines.append([method, _budget(budget), *cells, *_locality(group), *_counts(group)])
+            lines.append([method, _budget(budget), *cells, *_locality(group, rows), *_counts(group)])
         parts.append(f"### {task}\n\n{_markdown(head, lines)}")
     return "\n\n".join(parts)
 
@@ -75,7 +75,7 @@ def task_tables(rows: Sequence[Row]) -> str:
 def method_table(rows: Sequence[Row]) -> str:
     """Return one Markdown table over all tasks: a line per method and budget."""
     tasks = list(dict.fromkeys(row.task for row in rows))
-    head = ["method", "budget", "captured mass", "hit rate", "KiB / token", *(TITLES[task] for task in tasks)]
+    head = ["method", "budget", *_locality_head(rows), *(TITLES[task] for task in tasks)]
     lines = []
     for (method, budget), group in _groups(rows).items():
         cells = []
@@ -83,7 +83,7 @@ def method_table(rows: Sequence[Row]) -> str:
             of_task = [row for row in group if row.task == task]
             mark = MARK if any(row.valid is False for row in of_task) else ""
             cells.append(_headline(task, of_task) + mark if of_task else "")
-        lines.append([method, _budget(budget), *_locality(group), *cells])
+        lines.append([method, _budget(budget), *_locality(group, rows), *cells])
     return _markdown(head, lines)
 
 
@@ -113,16 +113,29 @@ def _average(group: Sequence[Row], task: str, name: str) -> str:
     return _number(sum(values) / len(values)) if values else ""
 
 
-def _locality(group: Sequence[Row]) -> list[str]:
-    """Captured mass, hit rate, and bytes loaded on demand per decode step."""
+def _locality_head(rows: Sequence[Row]) -> list[str]:
+    """The columns of `_locality`; the divergence of the logits where a row has it (`audit.logits`)."""
+    measured = any(row.logit_kl_mean is not None for row in rows)
+    return ["captured mass", *(["logit KL"] if measured else []), "hit rate", "KiB / token"]
+
+
+def _locality(group: Sequence[Row], rows: Sequence[Row]) -> list[str]:
+    """Captured mass, hit rate, and bytes loaded on demand per decode step, of a group of all the rows of a table."""
+    head = _locality_head(rows)
     measured = [row for row in group if row.decode_steps]
     if not measured:
-        return ["", "", ""]
+        return [""] * len(head)
     masses = [row.captured_mass_mean for row in measured if row.captured_mass_mean is not None]
+    divergences = [row.logit_kl_mean for row in measured if row.logit_kl_mean is not None]
     selected, missed = _sum(measured, "selected_blocks"), _sum(measured, "miss_blocks")
     per_token = _sum(measured, "h2d_bytes") / _sum(measured, "decode_steps") / 1024
     return [
         f"{sum(masses) / len(masses):.3f}" if masses else "",
+        *(
+            [_number(sum(divergences) / len(divergences)) if divergences else ""]
+            if "logit KL" in head
+            else []
+        ),
         f"{1 - missed / selected:.4f}" if selected else "",
         f"{per_token:.1f}",
     ]

@@ -1,6 +1,7 @@
 """`rheo eval` end to end on a tiny model: rows, tables, resuming, refusals, and rows that prove nothing."""
 
 import argparse
+import dataclasses
 import importlib
 import json
 import runpy
@@ -13,7 +14,7 @@ from rheo_offload.cli.main import main
 from rheo_offload.errors import ConfigError, RheoError
 from rheo_offload.eval.log import EvalLog, Row
 from rheo_offload.eval.plots import write_plots
-from rheo_offload.eval.report import PARTS, TITLES, method_table
+from rheo_offload.eval.report import PARTS, TITLES, method_table, task_tables
 from rheo_offload.eval.setups import setups_of
 from rheo_offload.eval.suite import TASKS, Evaluation, tasks_of, why_invalid
 from rheo_offload.selection.policy import METHODS
@@ -289,6 +290,17 @@ def test_the_table_weighs_bytes_by_steps():
     rows = [row("needle", "quest", 512, score=1.0), row("kl", "quest", 512, kl=0.25, tokens=8.0)]
     line = method_table(rows).splitlines()[2]
     assert line == "| quest | 512 | 0.500 | 0.5000 | 1.0 | 1 | 0.25 |"
+
+
+def test_the_table_has_the_divergence_of_the_logits_where_it_was_measured():
+    rows = [row("needle", "dense", None, score=1.0), row("needle", "quest", 512, score=1.0)]
+    rows.append(dataclasses.replace(rows[-1], method="mean_key", logit_kl_mean=0.25, logit_kl_max=1.0))
+    head, _, *lines = method_table(rows).splitlines()
+    assert head == "| method | budget | captured mass | logit KL | hit rate | KiB / token | found |"
+    assert lines[1:] == [
+        "| quest | 512 | 0.500 |  | 0.5000 | 1.0 | 1 |", "| mean_key | 512 | 0.500 | 0.25 | 0.5000 | 1.0 | 1 |"
+    ]  # fmt: skip
+    assert "| logit KL |" in task_tables(rows)
 
 
 def test_plots(tmp_path, monkeypatch):
