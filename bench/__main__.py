@@ -16,6 +16,7 @@ import yaml
 
 from bench import (
     fuzz,
+    index_suite,
     locality_report,
     locality_suite,
     plots,
@@ -151,6 +152,7 @@ def _parser() -> argparse.ArgumentParser:
     record_suite.add_parser(suites, common)
     prefetch_suite.add_parser(suites, common, _prefetch)
     locality_suite.add_parser(suites, common, _locality)
+    index_suite.add_parser(suites, common, _index, _list_of)
 
     kernels = suites.add_parser("kernels", parents=[common], help="the ops of a decode step, one by one")
     kernels.add_argument("--batch-sizes", type=_list_of(int), default=[1, 8, 16, 32, 64], metavar="N,...")
@@ -336,6 +338,15 @@ def _locality(args: argparse.Namespace, argv: Sequence[str]) -> int:
     results.save(device, {}, {"bench": settings})
     locality_suite.run_locality(args, device, results.extend)
     locality_report.write(results.folder)
+    return results.exit_code()
+
+
+def _index(args: argparse.Namespace, argv: Sequence[str]) -> int:
+    device = torch.device("cpu")
+    results = _results(args, argv, "index", device)
+    keys = ("model", "texts", "prompt_tokens", "steps", "block_size", "token_budgets", "groups", "keep")
+    index_suite.run_index(args, device, results.add)
+    results.save(device, {}, {"bench": {"suite": "index", **{key: vars(args)[key] for key in keys}}})
     return results.exit_code()
 
 
