@@ -119,7 +119,9 @@ def make_demo(home, **commands):
         file = home / ".venv/bin" / name
         file.write_text(f"#!/bin/sh\n{script}\n")
         file.chmod(0o755)
-    return subprocess.run(["make", "demo"], cwd=home, capture_output=True, text=True, check=False)
+    return subprocess.run(
+        ["make", "--no-print-directory", "demo"], cwd=home, capture_output=True, text=True, check=False
+    )
 
 
 def test_make_demo_without_an_index_says_how_to_do_without(tmp_path):
