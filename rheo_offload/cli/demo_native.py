@@ -6,14 +6,13 @@ import time
 from dataclasses import replace
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from rheo_offload.cli.demo import nothing_moved
 from rheo_offload.cli.options import config_from
 from rheo_offload.config import RheoConfig
 from rheo_offload.errors import RheoError
-from rheo_offload.eval.recall import VOCABULARY, Layout, ask, draw_layout, make_batch
+from rheo_offload.eval.recall import VOCABULARY, Layout, ask, draw_sequence
 from rheo_offload.model.loader import load
 from rheo_offload.model.offload import offload
 from rheo_offload.model.specs import max_positions
@@ -21,7 +20,7 @@ from rheo_offload.model.specs import max_positions
 BUDGET_TOKENS = 512
 CONTEXT_TOKENS = {False: 8192, True: 2048}
 QUESTION_TOKENS = 160
-"""Room for questions and answers at the end of the context: some twenty of them."""
+"""Room for questions and answers at the end of the context: some thirty of them."""
 SEED = 4_000_000
 """Of no training step, and of no evaluation."""
 ENOUGH = 0.95
@@ -53,8 +52,7 @@ def run_native(args: argparse.Namespace) -> int:
     positions = max_positions(model.config)
     if positions is not None and context > positions:
         raise RheoError(f"--context {context} exceeds the model's {positions} positions")
-    layout = draw_layout(context, min(QUESTION_TOKENS, context // 3), torch.Generator().manual_seed(SEED))
-    ids = make_batch(layout, 1, torch.Generator().manual_seed(SEED))
+    layout, ids = draw_sequence(context, min(QUESTION_TOKENS, context // 3), SEED)
     offload(model, config)
     asked = len(layout.questions)
     print(

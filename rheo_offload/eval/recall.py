@@ -23,7 +23,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-__all__ = ["TASKS", "VOCABULARY", "Layout", "Question", "ask", "draw_layout", "make_batch"]
+__all__ = ["TASKS", "VOCABULARY", "Layout", "Question", "ask", "draw_layout", "draw_sequence", "make_batch"]
 
 Task = Literal["retrieval", "tracking", "copying"]
 TASKS: tuple[Task, ...] = ("retrieval", "tracking", "copying")
@@ -168,6 +168,12 @@ def make_batch(layout: Layout, batch: int, generator: torch.Generator) -> Tensor
         where = (first + place[:, j] * SLOT + offset)[:, None] + torch.arange(size, device=device)
         ids.scatter_(1, where, record)
     return ids
+
+
+def draw_sequence(num_tokens: int, max_question_tokens: int, seed: int) -> tuple[Layout, Tensor]:
+    """Draw a layout and one sequence of it, ids [1, num_tokens], on the CPU; arguments and errors as `draw_layout`."""
+    layout = draw_layout(num_tokens, max_question_tokens, torch.Generator().manual_seed(seed))
+    return layout, make_batch(layout, 1, torch.Generator().manual_seed(seed))
 
 
 def _spell(lengths: Sequence[tuple[Task, int]], names: Tensor, values: Tensor) -> tuple[list[Tensor], Tensor]:

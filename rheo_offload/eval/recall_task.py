@@ -8,13 +8,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
 from rheo_offload.errors import RheoError
 from rheo_offload.eval.prompts import Source, rng_of
-from rheo_offload.eval.recall import SLOT, TASKS, VOCABULARY, Layout, ask, draw_layout, make_batch
+from rheo_offload.eval.recall import SLOT, TASKS, VOCABULARY, Layout, ask, draw_sequence
 from rheo_offload.eval.task import Case, Finding, Job, Progress, Settings
 
 __all__ = ["Recall", "speaks_recall"]
@@ -49,10 +48,10 @@ class Recall:
         seed = rng_of(settings.seed, self.name, case.name).getrandbits(63)
         room = min(QUESTION_TOKENS, case.context // 3)
         try:
-            layout = draw_layout(case.context, room, torch.Generator().manual_seed(seed))
+            layout, ids = draw_sequence(case.context, room, seed)
         except ValueError as error:
             raise RheoError(f"recall: {error}; raise --contexts") from error
-        return _RecallJob(ids=make_batch(layout, 1, torch.Generator().manual_seed(seed)), layout=layout)
+        return _RecallJob(ids=ids, layout=layout)
 
     def summary(self, metrics: Sequence[Mapping[str, float]]) -> float:
         """Return the share of all questions that were answered exactly."""

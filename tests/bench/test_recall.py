@@ -6,14 +6,13 @@ from transformers import DynamicCache
 
 from rheo_offload import RheoConfig, offload, restore
 from rheo_offload.eval import recall
-from rheo_offload.eval.recall import ask, draw_layout, make_batch
+from rheo_offload.eval.recall import ask, draw_layout, draw_sequence, make_batch
 from tests.helpers.homes import DEVICE
 from tests.helpers.tiny_model import tiny_model
 
 
 def questions(context, seed, tokens=100):
-    layout = draw_layout(context, tokens, torch.Generator().manual_seed(seed))
-    return layout, make_batch(layout, 1, torch.Generator().manual_seed(seed))
+    return draw_sequence(context, tokens, seed)
 
 
 @pytest.mark.parametrize("context", [64, 300, 1024])

@@ -9,7 +9,7 @@ import torch
 from bench.native_attention import Geometry, Pass
 from bench.train_native import TINY, Recipe, build_model, importance_tensors, read_weights
 from rheo_offload import Engine, RheoConfig, offload
-from rheo_offload.eval.recall import ask, draw_layout, make_batch
+from rheo_offload.eval.recall import ask, draw_sequence
 from rheo_offload.execution.sampler import SamplingParams
 from rheo_offload.model import loader
 from rheo_offload.model.learned_heads import HeadsInfo, read_heads, save_heads
@@ -142,8 +142,7 @@ def packaged_geometry():
 
 def conversation(tokens, question_tokens, seed=6_000_000):
     """An unseen context with its questions: layout and ids [1, tokens]."""
-    layout = draw_layout(tokens, question_tokens, torch.Generator().manual_seed(seed + tokens))
-    return layout, make_batch(layout, 1, torch.Generator().manual_seed(seed + tokens))
+    return draw_sequence(tokens, question_tokens, seed + tokens)
 
 
 def served_native():

@@ -9,7 +9,7 @@ from bench import train_native
 from rheo_offload import RheoConfig, offload
 from rheo_offload.cli.options import config_from
 from rheo_offload.errors import RheoError
-from rheo_offload.eval.recall import ask, draw_layout, make_batch
+from rheo_offload.eval.recall import ask, draw_sequence
 from rheo_offload.model import loader
 from tests.helpers.homes import DEVICE
 
@@ -68,8 +68,7 @@ def right_answers(model, tokens, prompts, seed=7_000_000):
     """Return which questions of unseen prompts the offloaded model answers exactly."""
     right = []
     for i in range(prompts):
-        layout = draw_layout(tokens, 320, torch.Generator().manual_seed(seed + i))
-        ids = make_batch(layout, 1, torch.Generator().manual_seed(seed + i))
+        layout, ids = draw_sequence(tokens, 320, seed + i)
         for question, answer in ask(model, ids, layout):
             right.append(answer == ids[0, question.start + 1 : question.end + 1].tolist())
     return right
