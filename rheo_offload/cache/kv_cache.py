@@ -106,6 +106,8 @@ class KVCache:
         self.step = torch.zeros(1, dtype=torch.int32, device=device)
         self.uploader = Uploader(device)
         self.full: dict[int, FullLayer] = {}
+        self._carried: dict[int, tuple[Any, ...]] = {}
+        """What a layer keeps while its tables are made anew; here, so that a second try after a full device has it."""
         self.sliding = {
             s.layer_idx: SlidingLayer(s, rows=rows, block_size=block_size, dtype=dtype, device=device)
             for s in specs
@@ -130,7 +132,8 @@ class KVCache:
             layout = self.page.blocks[i]
             kind, width, value_width = self.summaries[i]
             old = self.full.pop(i, None)
-            kept = (old.heat, old.counters, old.traffic, old.by_page) if old else None
+            if old:
+                self._carried[i] = (old.heat, old.counters, old.traffic, old.by_page)
             del old  # its pool goes before the new one comes
             shape = (spec.num_kv_heads, layout.elements)
             layer = FullLayer(
@@ -148,14 +151,17 @@ class KVCache:
                 bias_units=self.bias_units.get(i, 0),
                 group_blocks=self.group_blocks.get(i, 0) if max_blocks >= self.grouped_from else 0,
             )
-            if kept:
-                heat, layer.counters, layer.traffic, by_page = kept
+            carried = self._carried.get(i)
+            if carried:
+                heat, layer.counters, layer.traffic, by_page = carried
                 layer.heat[..., : heat.shape[2]] = heat
                 for new, had in zip(layer.by_page, by_page, strict=True):
                     pages = min(len(had), len(new))  # both cover every page that is held
                     new[:pages] = had[:pages]
-                self._bound_groups(layer)
             self.full[i] = layer
+            self._carried.pop(i, None)
+            if carried:
+                self._bound_groups(layer)
 
     def _bound_groups(self, layer: FullLayer) -> None:
         """Write the bounds of all groups: while a table was short, steps may have ranked every block and kept none."""

@@ -57,20 +57,27 @@ def groups_to_open(policy: Policy, max_blocks: int, index: Index) -> Groups:
     """Return how many groups a step opens of rows that can hold `max_blocks` blocks.
 
     All forced blocks lie in forced groups; the groups that are opened by bound hold at least twice the blocks that the
-    query takes, all of them together the budget, with only one block in the newest.
+    query takes, those opened by heat at least twice what heat takes, all of them together the budget, with only one
+    block in the newest. Never more than there are, and one: a raised budget may ask for more.
     """
     size = index.group_blocks
+    groups = _ceil(max_blocks, size)
     sink = _ceil(policy.sink_blocks, size)
     recent = max(2, _ceil(policy.recent_blocks - 1, size) + 1)
-    share = math.ceil(round(index.keep * _ceil(max_blocks, size), 6))  # 0.1 of 30 groups are 3
+    share = math.ceil(round(index.keep * groups, 6))  # 0.1 of 30 groups are 3
     query = max(share, _ceil(2 * policy.query_blocks, size))
-    agnostic = _ceil(query, 2) if policy.agnostic_blocks else 0
+    agnostic = max(_ceil(query, 2), _ceil(2 * policy.agnostic_blocks, size)) if policy.agnostic_blocks else 0
     missing = _ceil(policy.block_budget - 1, size) + 1 - (sink + recent + query + agnostic)
+    query += max(0, missing)
+    room = max(2, groups + 1 - sink - recent)
+    if query + agnostic > room:
+        agnostic = min(agnostic, max(1, room // 3))
+        query = room - agnostic
     return Groups(
         group_blocks=size,
         sink_groups=sink,
         recent_groups=recent,
-        query_groups=query + max(0, missing),
+        query_groups=query,
         agnostic_groups=agnostic,
     )
 

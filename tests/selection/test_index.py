@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from rheo_offload import ConfigError, Engine, RheoConfig, SamplingParams, offload, restore
+from rheo_offload.cache import kv_cache as kv_cache_module
 from rheo_offload.cache.sizing import plan_memory
 from rheo_offload.engine import engine as engine_module
 from rheo_offload.execution.executor import Executor
@@ -211,6 +212,35 @@ def test_a_table_that_grows_begins_to_open_groups():
     executor.cache.check_integrity()
 
 
+@pytest.mark.parametrize("at", ["tables", "bounds"])
+def test_growing_on_a_full_device_tries_again_and_loses_nothing(monkeypatch, at):
+    """The first try ends in a layer whose old tables are gone already."""
+    model = long_model()
+    offload(model, indexed(method="mean_key"))
+    cache = model.rheo.new_cache()
+    greedy(model, prompt(300), new=8, past_key_values=cache)
+    kv = cache.executor.cache
+    before = {i: (layer.heat.clone(), layer.summary.clone()) for i, layer in kv.full.items()}
+    name = {"tables": "FullLayer", "bounds": "complete_groups"}[at]
+    real, tries = getattr(kv_cache_module, name), []
+
+    def full_once(*args, **kwargs):
+        tries.append(1)
+        if len(tries) == 1:
+            raise torch.OutOfMemoryError("simulated")
+        return real(*args, **kwargs)
+
+    monkeypatch.setattr(kv_cache_module, name, full_once)
+    cache.executor.make_room(kv.max_blocks * BLOCK + 1)
+    assert len(tries) > 1
+    for i, layer in kv.full.items():
+        heat, summary = before[i]
+        assert heat.any() and torch.equal(layer.heat[..., : heat.shape[2]], heat)
+        assert torch.equal(layer.summary[: len(summary)], summary)
+    assert_bounds(kv)
+    restore(model)
+
+
 def test_only_layers_that_rank_blocks_keep_bounds():
     model = long_model(num_hidden_layers=4)
     offload(model, indexed(selection={"reuse_layers": {3: 2}, "dense_layers": [1]}))
@@ -254,10 +284,27 @@ def test_open_groups_hold_what_a_step_needs(shares, size, keep):
         assert groups.sink_groups * size >= p.sink_blocks and groups.recent_groups >= 2
         # the recent blocks may end with a group that has one block
         assert (groups.recent_groups - 1) * size + 1 >= p.recent_blocks
-        assert groups.query_groups >= keep * (-(-blocks // size)) - 1e-9
-        assert groups.query_groups * size >= 2 * p.query_blocks
+        total = -(-blocks // size)
+        assert groups.listed <= max(total + 1, groups.sink_groups + groups.recent_groups + 2)
+        if groups.listed <= total:  # else every group is open
+            assert groups.query_groups >= keep * total - 1e-9
+            assert groups.query_groups * size >= 2 * p.query_blocks
+            assert groups.agnostic_groups * size >= 2 * p.agnostic_blocks
         assert (groups.agnostic_groups > 0) == (p.agnostic_blocks > 0)
         assert (groups.listed - 1) * size + 1 >= p.block_budget
+
+
+@pytest.mark.parametrize(("blocks", "budget"), [(2048, 1458), (4096, 3280), (32768, 24000), (32768, 32768)])
+def test_a_raised_budget_opens_no_more_groups_than_there_are(blocks, budget):
+    raised = policy(budget, 1, 32, (budget - 33) // 2, budget - 33 - (budget - 33) // 2)
+    groups = groups_to_open(raised, blocks, Index(group_blocks=32, keep=0.09))
+    assert groups.listed == blocks // 32 + 1 and groups.query_groups > 0 and groups.agnostic_groups > 0
+    assert (groups.listed - 1) * 32 + 1 >= budget
+
+
+def test_heat_alone_opens_room_for_what_it_takes():
+    groups = groups_to_open(policy(128, 1, 32, 0, 95), 4096, Index(group_blocks=4, keep=0.01))
+    assert groups.agnostic_groups * 4 >= 2 * 95
 
 
 def test_numbers_at_a_million_tokens():
