@@ -100,7 +100,8 @@ def decide_kernel(
     if is_last:
         nb, num_candidates = (
             (seq_len + block_size - 1) // block_size,
-            (open_len + block_size - 1) // block_size,
+            (scored_len + block_size - 1)
+            // block_size,  # none of a row that is not due: its groups may be stale
         )
         o_n = tl.arange(0, N_P)
         b_heat, b_score = tl.zeros([N_P], tl.float32), tl.zeros([N_P], tl.float32)
