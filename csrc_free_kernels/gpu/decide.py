@@ -98,10 +98,10 @@ def decide_kernel(
         )  # fmt: skip
         is_last = arrive(arrivals + i_row)
     if is_last:
+        # a row that is not due has no candidates: its list of open groups may be stale
         nb, num_candidates = (
             (seq_len + block_size - 1) // block_size,
-            (scored_len + block_size - 1)
-            // block_size,  # none of a row that is not due: its groups may be stale
+            (scored_len + block_size - 1) // block_size,
         )
         o_n = tl.arange(0, N_P)
         b_heat, b_score = tl.zeros([N_P], tl.float32), tl.zeros([N_P], tl.float32)

@@ -483,4 +483,5 @@ class KVCache:
                 self.store.release(pages)
         self.pages = [[] for _ in range(self.rows)]
         self.full.clear()
+        self._carried.clear()
         self.sliding.clear()
