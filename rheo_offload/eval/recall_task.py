@@ -89,5 +89,8 @@ class _RecallJob:
             right[question.task].append(answer == wanted)
             progress(question.end + 1 - begin, self.tokens - begin)
         every = [hit for hits in right.values() for hit in hits]
-        shares = {kind: sum(hits) / len(hits) for kind, hits in right.items() if hits}
-        return {"score": sum(every) / len(every), **shares, "questions": float(len(every))}
+        found = {"score": sum(every) / len(every), "questions": float(len(every))}
+        for kind, hits in right.items():
+            if hits:
+                found |= {kind: sum(hits) / len(hits), f"{kind}_questions": float(len(hits))}
+        return found

@@ -106,11 +106,13 @@ def _headline(task: str, group: Sequence[Row]) -> str:
 
 
 def _average(group: Sequence[Row], task: str, name: str) -> str:
-    """The task's own summary for its headline, the mean over cases for the rest, where a case has it."""
+    """The task's own summary for its headline; else the mean of the cases that have it, or of what they asked of it."""
     if name in (task, "score", "fields"):
         return _headline(task, group)
-    values = [row.metrics[name] for row in group if name in row.metrics]
-    return _number(sum(values) / len(values)) if values else ""
+    found = [row.metrics for row in group if name in row.metrics]
+    weights = [metrics.get(f"{name}_questions", 1.0) for metrics in found]
+    total = sum(weight * metrics[name] for weight, metrics in zip(weights, found, strict=True))
+    return _number(total / sum(weights)) if found else ""
 
 
 def _locality_head(rows: Sequence[Row]) -> list[str]:

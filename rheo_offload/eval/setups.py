@@ -26,6 +26,7 @@ EVERYTHING = (
     "selection.budget_limit=0",
     "cache.device_memory=floor",
     "audit.every=0",
+    "audit.logits=false",
     "audit.raise_below=0",
 )
 """What makes a budget for all positions attend to all of them, and nothing be measured beside."""
@@ -79,7 +80,6 @@ def setups_of(
         if label in sources or (label == DENSE and name != DENSE):
             raise RheoError(f"the method {label!r} is named twice; tell them apart as LABEL={name}")
         sources[label] = _source_of(name)
-    setups = [_dense(own, positions or POSITIONS)]
     special: dict[str, list[str]] = {label: [] for label in sources}
     shared = []
     for override in overrides:
@@ -90,6 +90,7 @@ def setups_of(
             special[label].append(override[len(label) + 1 :])
         else:
             raise nearest("method", label, special)
+    setups = [_dense(own, positions or POSITIONS, shared)]
     for label, source in sources.items():
         if label == DENSE:
             continue
@@ -142,13 +143,18 @@ def _checked(config: RheoConfig) -> RheoConfig:
     return config
 
 
-def _dense(own: RheoConfig | None, positions: int) -> Setup:
-    """Return the stock model, or one with a learned bias, which stock attention lacks, with a budget for everything."""
+def _dense(own: RheoConfig | None, positions: int, shared: Sequence[str]) -> Setup:
+    """Return the stock model, or one with a learned bias, which stock attention lacks, with a budget for everything.
+
+    Of the overrides for all methods it takes what does not say which blocks are chosen: the bias must stay.
+    """
     if own is None:
         return Setup(method=DENSE)
-    selection, size = own.selection, own.cache.block_size
-    selector = make_selector(selection.method, selection.params, block_size=size)
+    selection = own.selection
+    selector = make_selector(selection.method, selection.params, block_size=own.cache.block_size)
     if not (isinstance(selector, LearnedBias) and selector.bias):
         return Setup(method=DENSE)
-    config = own.with_overrides([f"selection.token_budget={positions + size}", *EVERYTHING])
+    config = own.with_overrides([text for text in shared if not text.startswith(("selection.", "audit."))])
+    budget = positions + config.cache.block_size
+    config = config.with_overrides([f"selection.token_budget={budget}", *EVERYTHING])
     return Setup(method=DENSE, config=_checked(config))

@@ -81,7 +81,7 @@ class Audit:
         p, q = (torch.log_softmax(logits.double(), -1) for logits in (dense, sparse))
         # a token that neither may choose (-inf) adds nothing; rounding can leave the sum a little below 0
         kl = torch.where(p > -torch.inf, p.exp() * (p - q), 0.0).sum().clamp(min=0)
-        counted = present & ~kl.isnan()  # logits that are not finite stop the run, not the figures
+        counted = present & kl.isfinite()  # logits that are not finite stop the run, not the figures
         kl = torch.where(counted, kl, 0.0)
         count, total, high = self._logits
         self._logits = torch.stack([count + counted, total + kl, torch.maximum(high, kl)])

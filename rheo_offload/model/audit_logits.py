@@ -27,9 +27,11 @@ def _compare(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: 
         return
     ex = cache.executor
     row = ex.audit.row(rows)
-    sparse = output[0] if isinstance(output, tuple) else output.logits
-    # not `model(...)`: what others hooked onto the model is meant for steps, and this is none
-    with torch.no_grad(), cache.attended_densely(row, rows):
+    # a tuple begins with the loss where labels were given
+    sparse = output[kwargs.get("labels") is not None] if isinstance(output, tuple) else output.logits
+    # Not `model(...)`: what others hooked onto the model is meant for steps, and this is none. The step has stored its
+    # token by now, so a caller that hears of a failure may not try it again on this cache.
+    with torch.no_grad(), ex.broken_if_it_fails(), cache.attended_densely(row, rows):
         dense = model.forward(
             **_token_of(row, rows, cache, kwargs),
             past_key_values=cache,

@@ -1,6 +1,7 @@
 """`rheo eval` on models of the recall vocabulary: the packaged one by its own configuration, and who is refused."""
 
 import json
+import shutil
 
 import pytest
 
@@ -8,12 +9,14 @@ from rheo_offload import RheoConfig
 from rheo_offload.cli import eval as verb
 from rheo_offload.cli.main import main
 from rheo_offload.errors import RheoError
+from rheo_offload.eval.log import Row
+from rheo_offload.eval.recall import TASKS as RECALL_TASKS
 from rheo_offload.eval.recall_task import Recall
 from rheo_offload.eval.report import task_tables
 from rheo_offload.eval.setups import setups_of
 from rheo_offload.eval.suite import Evaluation, check_tasks, tasks_of
 from rheo_offload.eval.task import Settings
-from rheo_offload.model.loader import load, own_config
+from rheo_offload.model.loader import NATIVE_DIR, load, own_config
 from tests.helpers.homes import DEVICE
 from tests.helpers.tiny_model import tiny_model
 
@@ -149,6 +152,54 @@ def test_sequences_depend_on_seed_and_case_alone():
         Recall().job(Recall().cases(short)[0], None, short)
 
 
-def test_shares_are_of_questions():
-    two = [{"score": 1.0, "questions": 30.0}, {"score": 0.0, "questions": 10.0}]
-    assert Recall().summary(two) == 0.75
+def test_shares_are_of_questions(finished):
+    """A sequence that asks more counts for more, in every column."""
+    counts = records(finished, "row")["nosa"]["metrics"]
+    assert sum(counts[f"{kind}_questions"] for kind in RECALL_TASKS) == counts["questions"]
+    two = [
+        {"score": 0.0, "questions": 2.0, "retrieval": 0.0, "retrieval_questions": 2.0},
+        {"score": 5 / 6, "questions": 6.0, "retrieval": 5 / 6, "retrieval_questions": 6.0},
+    ]
+    assert Recall().summary(two) == 0.625
+    rows = [
+        Row(task="recall", case=f"{i}", method="dense", token_budget=None, context_len_tokens=64, metrics=m)
+        for i, m in enumerate(two)
+    ]
+    assert "| dense |  | 0.625 | 0.625 |  |  |" in task_tables(rows)
+
+
+def test_a_log_is_of_one_kind_of_dense_model(tmp_path, capsys):
+    """Its dense rows, made with the bias of a `rheo.yaml` or without, are not those of the other kind."""
+    folder = shutil.copytree(NATIVE_DIR, tmp_path / "model")
+    argv = ["eval", "--model", str(folder), "--device", "cpu", "--contexts", "256", "--budgets", "192"]
+    argv += ["--methods", "mean_key", "cache.block_size=32", "--out"]
+    (folder / "rheo.yaml").rename(folder / "off.yaml")
+    assert main([*argv, str(tmp_path / "stock")]) == 0
+    (folder / "off.yaml").rename(folder / "rheo.yaml")
+    assert main([*argv, str(tmp_path / "biased")]) == 0
+    capsys.readouterr()
+    assert main([*argv, str(tmp_path / "stock")]) == 2
+    assert "another dense ('stock', now 'with its bias')" in capsys.readouterr().err
+    (folder / "rheo.yaml").unlink()
+    assert main([*argv, str(tmp_path / "biased")]) == 2
+    assert "another dense ('with its bias', now 'stock')" in capsys.readouterr().err
+
+
+def test_the_dense_model_with_a_bias_takes_overrides_but_for_what_is_chosen():
+    """An own configuration that audits logits is no obstacle: nothing is measured beside the dense model."""
+    own = own_config("native").with_overrides(["audit.logits=true", "audit.every=8"])
+    shared = ["selection.method=streaming", "execution.graph=off", "cache.block_size=64", "audit.every=4"]
+    dense = setups_of([], [], shared, own=own, positions=1024)[0].config
+    assert (dense.selection.method, dense.execution.graph, dense.cache.block_size) == ("nosa", "off", 64)
+    assert dense.selection.token_budget == 1024 + 64
+    assert (dense.audit.every, dense.audit.logits) == (0, False)
+
+
+def test_a_padded_vocabulary_is_one_of_recall(tmp_path):
+    """The tokenizer says what a model's words are; the embedding may have rows that no word uses."""
+    _, tokenizer = load("native", device="cpu")
+    tiny_model("llama", vocab_size=len(tokenizer) + 59).save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    argv = ["eval", "--model", str(tmp_path), "--device", "cpu", "--contexts", "256", "--budgets", "192"]
+    assert main([*argv, "cache.block_size=32", "--out", str(tmp_path / "out")]) == 0
+    assert set(records(tmp_path / "out", "row")) == {"dense", "mean_key"}

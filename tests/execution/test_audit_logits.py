@@ -7,8 +7,10 @@ import torch
 from transformers import DynamicCache
 
 from rheo_offload import ConfigError, Engine, RheoConfig, offload, restore
+from rheo_offload.errors import CacheError
 from rheo_offload.execution.audit import Audit
 from rheo_offload.execution.sampler import SamplingParams
+from rheo_offload.model import hf_cache
 from rheo_offload.model.learned_heads import HeadsInfo, save_heads
 from rheo_offload.model.stepper import Stepper
 from tests.helpers.homes import DEVICE
@@ -30,15 +32,16 @@ def kl_of(dense, sparse):
     return float((p.exp() * (p - q)).sum())
 
 
-def first_step(model, lengths=LENGTHS, **kwargs):
-    """Read all tokens but the last of a ragged batch, then decode that one: the step's logits [B, V]."""
+def first_step(model, lengths=LENGTHS, *, index=0, **kwargs):
+    """Read all tokens but the last of a ragged batch, then decode that one: the step's logits [B, V], `index` in a tuple."""
     ids, mask = batch(lengths)
     cache = model.rheo.new_cache(max_length=256)
     model.rheo.prefill(cache, ids[:, :-1], mask[:, :-1])
     positions = mask.cumsum(1)[:, -1:] - 1
     given = dict(attention_mask=mask, position_ids=positions, past_key_values=cache) | kwargs
     with torch.no_grad():
-        return model(ids[:, -1:], **given)[0][:, -1]
+        output = model(ids[:, -1:], **given)
+    return (output[index] if isinstance(output, tuple) else output.logits)[:, -1]
 
 
 def stock_logits(model, row, lengths=LENGTHS):
@@ -169,6 +172,7 @@ def test_what_has_no_probability_and_what_is_not_finite():
     audit.record_logits(dense, sparse, yes)
     audit.record_logits(dense, -sparse.nan_to_num(), no)
     audit.record_logits(dense, torch.full((3,), torch.nan), yes)
+    audit.record_logits(dense, torch.full((3,), 0.0).index_fill(0, torch.tensor(1), -torch.inf), yes)
     want = kl_of(dense[:2], sparse[:2])
     assert audit.logit_kl() == (1, pytest.approx(want), pytest.approx(want))
 
@@ -218,14 +222,37 @@ def test_every_loop_of_generate_is_audited(options):
     assert stats.audited_logits == stats.audited_steps >= 2 and stats.logit_kl_mean > 100 * ROUNDING
 
 
-@pytest.mark.parametrize("kwargs", [{"return_dict": False}, {"position_ids": None}], ids=str)
-def test_a_forward_of_ones_own(kwargs):
-    """The output may be a tuple, and the model may count positions itself where no row is padded."""
+@pytest.mark.parametrize("case", ["tuple", "tuple with a loss", "loss", "no positions"])
+def test_a_forward_of_ones_own(case):
+    """The output may be a tuple, with a loss ahead, and the model may count positions where no row is padded."""
     model = tiny_model("llama", device=DEVICE)
     dense = stock_logits(model, 0, (150, 150))
     offload(model, config())
-    sparse = first_step(model, (150, 150), **kwargs)[0]
+    kwargs = {"position_ids": None} if case == "no positions" else {}
+    if "tuple" in case:
+        kwargs["return_dict"] = False
+    if "loss" in case:
+        kwargs["labels"] = torch.zeros(2, 1, dtype=torch.int64, device=model.device)
+    sparse = first_step(model, (150, 150), index=int(case == "tuple with a loss"), **kwargs)[0]
     assert model.rheo.stats().logit_kl_mean == pytest.approx(kl_of(dense, sparse), rel=1e-3)
+
+
+def test_a_second_forward_that_fails_is_the_end_of_the_cache(monkeypatch):
+    """The token is stored by then: whoever caught the error and went on would store it twice."""
+    model = offload(tiny_model("llama", device=DEVICE), config())
+
+    def fail(*args):
+        raise torch.cuda.OutOfMemoryError("no room for a whole row")
+
+    ids = prompt(150)
+    cache = model.rheo.new_cache(max_length=256)
+    model.rheo.prefill(cache, ids)
+    monkeypatch.setattr(hf_cache, "attend_again", fail)
+    with pytest.raises(torch.cuda.OutOfMemoryError), torch.no_grad():
+        model(ids[:, -1:], past_key_values=cache)
+    monkeypatch.undo()
+    with pytest.raises(CacheError, match="start a new cache"), torch.no_grad():
+        model(ids[:, -1:], past_key_values=cache)
 
 
 def test_hooks_of_others_see_the_steps_only():
