@@ -39,6 +39,7 @@ class Scale:
     """The usual context, in tokens."""
     long: int
     long_batch: int
+    choosing_batch: int
     resident_batches: tuple[int, ...]
     miss_batches: tuple[int, ...]
     peer_batches: tuple[int, ...]
@@ -58,6 +59,7 @@ FULL = Scale(
     short=16384,
     long=131072,
     long_batch=4,
+    choosing_batch=8,
     resident_batches=(1, 8, 16, 32, 64),
     miss_batches=(1, 16, 64),
     peer_batches=(16, 32, 64),
@@ -73,6 +75,7 @@ QUICK = Scale(
     short=256,
     long=512,
     long_batch=1,
+    choosing_batch=2,
     resident_batches=(1, 2),
     miss_batches=(2,),
     peer_batches=(2,),

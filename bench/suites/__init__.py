@@ -3,7 +3,7 @@
 from collections.abc import Callable
 
 from bench.lab import Lab
-from bench.suites import breakdown, link, long_run, memory, misses, peers, resident
+from bench.suites import breakdown, choosing, link, long_run, memory, misses, peers, resident
 
 __all__ = ["SUITES"]
 
@@ -11,6 +11,7 @@ SUITES: dict[str, Callable[[Lab], None]] = {
     "resident": resident.run,
     "misses": misses.run,
     "breakdown": breakdown.run,
+    "choosing": choosing.run,
     "memory": memory.run,
     "peers": peers.run,
     "link": link.run,

@@ -82,7 +82,9 @@ def run(args: argparse.Namespace) -> int:
                 file=sys.stderr,
             )
     # Gemma's tokenizer is not read twice: that takes seconds.
-    text = args.gguf is not None or args.model == PACKAGED_MODEL or not speaks_recall(load_tokenizer(args.model))
+    text = (
+        args.gguf is not None or args.model == PACKAGED_MODEL or not speaks_recall(load_tokenizer(args.model))
+    )
     return run_needle(args) if text else run_native(args)
 
 

@@ -432,6 +432,8 @@ def test_every_suite_runs_in_small(traces, tmp_path):
         ("misses", "exposed_transfer", "recorded"),
         ("misses", "step", "rheo"),
         ("breakdown", "part.decide", "recorded"),
+        ("choosing", "choosing_share", "flat"),
+        ("choosing", "choosing_share", "two_level"),
         ("memory", "speedup_over_dense-graph", "rheo"),
         ("peers", "speedup_over_fetch-then-attend-no-heat", "rheo"),
         ("peers", "step", "dense-graph-stock"),

@@ -33,7 +33,10 @@ def kl_of(dense, sparse):
 
 
 def first_step(model, lengths=LENGTHS, *, index=0, **kwargs):
-    """Read all tokens but the last of a ragged batch, then decode that one: the step's logits [B, V], `index` in a tuple."""
+    """Read all tokens but the last of a ragged batch, then decode that one: the step's logits [B, V].
+
+    `index`: where they are in an output that is a tuple.
+    """
     ids, mask = batch(lengths)
     cache = model.rheo.new_cache(max_length=256)
     model.rheo.prefill(cache, ids[:, :-1], mask[:, :-1])
