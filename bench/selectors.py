@@ -5,6 +5,7 @@ given: 1 for the wanted blocks, 0 for the others. Sink and recent blocks are for
 
     Frozen     random blocks, drawn once; `forced_misses` makes a share of them absent again before every step
     Recorded   what a real model selected, step by step
+    Flat       no control at all: the method's own selection, made without an index
 
 All of it can be captured: the step counter, the miss rate and the ids are device memory.
 """
@@ -92,6 +93,20 @@ class Controlled(ABC):
     def release(self) -> None:
         """Let the cache and its memory go."""
         self.__dict__.pop("scores", None)
+
+
+class Flat:
+    """The configured method, ranking all blocks whatever `selection.index` says."""
+
+    def install(self, executor: Executor) -> None:
+        """Take the index away; nothing has been launched yet."""
+        executor.index = None
+
+    def prologue(self, rows: int) -> None:
+        """Launch nothing."""
+
+    def release(self) -> None:
+        """Hold nothing."""
 
 
 class Frozen(Controlled):

@@ -1,15 +1,16 @@
 """What choosing blocks takes of a step at a long context: score, select and resolve, all blocks ranked or by groups.
 
-Random keys give no locality, so the configured method misses most of what it selects; the step that its choosing is a
-share of is the one without misses: that of `frozen` blocks in the same run, its own choosing taken out.
+The configured method over random keys, with a slot for every block, so that the step has no transfer that would make
+the share look small. A model of fewer layers needs less device memory for that.
 """
 
 from typing import Any
 
 from bench.breakdown import step_parts
 from bench.lab import Lab, met
-from bench.ours import Rheo
-from bench.selectors import Frozen
+from bench.ours import AllResident
+from bench.selectors import Flat
+from bench.suites.sizes import fits_together, pool_bytes
 
 STEPS = 8
 PARTS = ("score", "decide")
@@ -19,28 +20,35 @@ SHARE = 0.10
 def run(lab: Lab) -> None:
     """Emit `part.*` and `choosing_share` rows of both ways to rank."""
     batch, context = lab.scale.choosing_batch, lab.scale.long
-    with lab.ours(Rheo.name, batch, context, Frozen(), warm=False) as subject:
-        rest_ms = _measure(lab, subject, "frozen")["rest"]
-    for index in ("flat", "two_level"):
-        with lab.ours(Rheo.name, batch, context, overrides=(f"selection.index={index}",)) as subject:
-            choosing_ms = _measure(lab, subject, index)["choosing"]
-            share = choosing_ms / (rest_ms + choosing_ms)
-            fields = {"unit": "1", "note": "of a step without misses", **met(share, SHARE)}
-            _emit(lab, subject, index, metric="choosing_share", p50=share, **fields)
+    needed = pool_bytes(lab, batch, context, everything=True)
+    if not fits_together(lab, needed):
+        lab.failed("two-level", batch, context, MemoryError(f"{needed / 2**30:.0f} GiB of blocks: too many"))
+        return
+    for name, selection in (("flat", Flat()), ("two-level", None)):
+        with lab.ours(AllResident.name, batch, context, selection) as subject:
+            lab.settle(subject)
+            parts = step_parts(subject, STEPS)
+            _emit(
+                lab, subject, name, {f"part.{part}": ms for part, ms in parts.items() if part != "launches"}
+            )
+            share = sum(parts.get(part, 0.0) for part in PARTS) / parts["span"]
+            _emit(lab, subject, name, {"choosing_share": share}, unit="1", **met(share, SHARE))
 
 
-def _measure(lab: Lab, subject: Rheo, name: str) -> dict[str, float]:
-    """Emit the parts of a step; returns what choosing takes and the rest, ms."""
-    lab.settle(subject)
-    parts = step_parts(subject, STEPS)
-    parts.pop("launches", None)
-    choosing = sum(parts.get(part, 0.0) for part in PARTS)
-    found = {"choosing": choosing, "rest": parts["span"] - choosing}
-    for part, ms in (parts | found).items():
-        _emit(lab, subject, name, metric=f"part.{part}", p50=ms, unit="ms")
-    return found
-
-
-def _emit(lab: Lab, subject: Rheo, name: str, **fields: Any) -> None:
-    row = lab.row(subject, lab.scale.choosing_batch, lab.scale.long, name=name, n=STEPS, **fields)
-    lab.emit(row)
+def _emit(
+    lab: Lab, subject: AllResident, name: str, values: dict[str, float], unit: str = "ms", **fields: Any
+) -> None:
+    for metric, value in values.items():
+        lab.emit(
+            lab.row(
+                subject,
+                lab.scale.choosing_batch,
+                lab.scale.long,
+                name=name,
+                metric=metric,
+                unit=unit,
+                p50=value,
+                n=STEPS,
+                **fields,
+            )
+        )

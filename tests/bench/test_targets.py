@@ -13,7 +13,7 @@ from bench.lab import QUICK, Lab, Measured, met
 from bench.ours import AllResident, FetchThenAttend, Rheo, RheoEager
 from bench.recorded import Recording
 from bench.schema import read_rows
-from bench.selectors import Frozen, drop_kernel, drop_on_host
+from bench.selectors import Flat, Frozen, drop_kernel, drop_on_host
 from bench.shapes import quick_config, random_model, view
 from bench.suites import SUITES, memory, misses, resident
 from bench.timing import Quantiles, Rates
@@ -414,6 +414,13 @@ def test_a_batch_that_does_not_fit_after_all_shrinks_and_says_so(lab, monkeypatc
     assert (lab.rows[-1].status, lab.rows[-1].batch) == ("oom", 0)
 
 
+def test_flat_ranks_without_the_index(lab):
+    with lab.ours(AllResident.name, 1, CONTEXT) as grouped:
+        assert grouped.executor.index is not None
+    with lab.ours(AllResident.name, 1, CONTEXT, Flat()) as flat:
+        assert flat.executor.index is None and flat.executor.selector.name == "mean_key"
+
+
 # ---- all of it ---------------------------------------------------------------------------------------------
 
 
@@ -433,7 +440,7 @@ def test_every_suite_runs_in_small(traces, tmp_path):
         ("misses", "step", "rheo"),
         ("breakdown", "part.decide", "recorded"),
         ("choosing", "choosing_share", "flat"),
-        ("choosing", "choosing_share", "two_level"),
+        ("choosing", "choosing_share", "two-level"),
         ("memory", "speedup_over_dense-graph", "rheo"),
         ("peers", "speedup_over_fetch-then-attend-no-heat", "rheo"),
         ("peers", "step", "dense-graph-stock"),
