@@ -152,7 +152,8 @@ class _Rows:
         q, table = self.sample.q[:, :, t].flatten(0, 1)[None], self.blocks[None].int()
         open_groups(
             q, self.bounds.clone(), summary, self.heat[1:], table, lens, None,
-            torch.zeros(self.bounds.shape[:3]), lists, count, block_size=self.sample.block_size, **asdict(groups),
+            torch.zeros(1, heads, 2, self.bounds.shape[2]), lists, count, block_size=self.sample.block_size,
+            **asdict(groups),
         )  # fmt: skip
         is_open = torch.zeros(heads, self.bounds.shape[2] + 1, dtype=torch.bool)
         is_open.scatter_(1, lists[0].long() % is_open.shape[1], True)  # -1 marks the spare place

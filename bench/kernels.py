@@ -100,7 +100,7 @@ class Opened:
         num_groups, pairs = -(-s.blocks // size), (s.rows, s.heads)
         shape = (layers, *pairs, num_groups, 2, s.dim)
         self.bounds = torch.randn(shape, device=device, dtype=s.dtype).sort(4, descending=True).values
-        self.scores = torch.zeros(*pairs, num_groups, device=device)
+        self.scores = torch.zeros(*pairs, 2, num_groups, device=device)
         self.lists, self.count = (
             torch.zeros(*shape, dtype=torch.int32, device=device)
             for shape in ((*pairs, groups.listed), pairs)

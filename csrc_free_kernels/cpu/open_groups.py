@@ -53,7 +53,8 @@ def hottest_block(heat):
 # One (row, head) an iteration. group_bounds [B, Hkv, M, 2, D], heat [B, Hkv, N] -> scores and hottest [B, Hkv, M].
 @nb.njit(cache=True, parallel=True)
 def open_groups_kernel(
-    q, group_bounds, summary, heat, host_table, seq_lens, scores, hottest, block_size, group_blocks, recent, code
+    q, group_bounds, summary, heat, host_table, seq_lens, scores, hottest, block_size, group_blocks, recent, by_heat,
+    code,
 ):  # fmt: skip
     num_rows, num_kv_heads, num_groups = scores.shape
     group = q.shape[1] // num_kv_heads
@@ -63,7 +64,7 @@ def open_groups_kernel(
         scores[b, h] = -np.inf
         for m in range(min(max((seq_lens[b] + span - 1) // span - recent, 0), num_groups)):
             scores[b, h, m] = bound_of(q[b, h * group : (h + 1) * group], group_bounds[b, h, m], code)
-            if hottest.size > 0:
+            if by_heat:
                 hottest[b, h, m] = hottest_block(heat[b, h, m * group_blocks : (m + 1) * group_blocks])
         if seq_lens[b] > 0 and seq_lens[b] % span == 0:
             last = seq_lens[b] // span - 1
@@ -97,14 +98,14 @@ def open_groups(
     """
     shares = (sink_groups, recent_groups, query_groups, agnostic_groups)
     check_open_groups(group_bounds, summary, heat, host_table, open_groups, group_blocks, shares)
-    hottest = torch.empty_like(group_scores) if agnostic_groups else None
+    scores, hottest = group_scores.unbind(2)
     open_groups_kernel(
         as_numpy(q), as_numpy(group_bounds), as_numpy(summary), (NOTHING if heat is None else heat).numpy(),
-        host_table.numpy(), seq_lens.numpy(), group_scores.numpy(), (NOTHING if hottest is None else hottest).numpy(),
-        block_size, group_blocks, recent_groups, code_of(q),
+        host_table.numpy(), seq_lens.numpy(), scores.numpy(), hottest.numpy(), block_size, group_blocks, recent_groups,
+        agnostic_groups > 0, code_of(q),
     )  # fmt: skip
     select(
-        group_scores, hottest, seq_lens, open_groups, num_open, block_size=block_size * group_blocks,
-        sink_blocks=sink_groups, recent_blocks=recent_groups, query_blocks=query_groups,
-        agnostic_blocks=agnostic_groups, heat_decay=1.0, normalise="none", due=due,
+        scores, hottest if agnostic_groups else None, seq_lens, open_groups, num_open,
+        block_size=block_size * group_blocks, sink_blocks=sink_groups, recent_blocks=recent_groups,
+        query_blocks=query_groups, agnostic_blocks=agnostic_groups, heat_decay=1.0, normalise="none", due=due,
     )  # fmt: skip

@@ -1,4 +1,4 @@
-"""Triton `open_groups`: bounds of the groups by all programs of a (row, head), then the choice by the last of them."""
+"""Triton `open_groups`: bounds and heat of the groups by all programs of a (row, head), the choice by the last."""
 
 import triton
 import triton.language as tl
@@ -12,7 +12,6 @@ TILE = 32  # groups a program scores at once: 16 KiB of bf16 bounds at D = 128
 PROGRAMS = 512  # programs worth launching, about 4 an SM
 MAX_GROUPS = 8192
 GROUPS_PER_WARP = 64
-HEAT_TILE = 8192  # blocks whose heat is held at once
 
 
 # Extremes of the mean keys of one group, read by page: values as they are stored, so that nothing is rounded.
@@ -33,34 +32,41 @@ def keep_bounds(
     tl.store(p_bounds + stride_mw + o_d, b_low.to(p_bounds.dtype.element_ty), mask=o_d < D)
 
 
-# Upper bounds of the logits of the first `num` groups, tiles dealt out to the splits; -inf for the others.
-# As max >= min, max(q * max, q * min) is q+ * max + q- * min.
+# Heat of the hottest block of every group, and upper bounds of the logits of the first `num` groups (-inf for the
+# others), tiles dealt out to the splits. As max >= min, max(q * max, q * min) is q+ * max + q- * min.
 @triton.jit
-def bound_groups(
-    q, p_bounds, p_scores, num, num_groups, i_b, i_h, stride_qb, stride_qh, stride_mg, stride_mw,
-    G: tl.constexpr, G_P: tl.constexpr, D: tl.constexpr, D_P: tl.constexpr, TILE: tl.constexpr,
-    UPCAST_DOT: tl.constexpr,
+def rate_groups(
+    q, p_bounds, p_heat, p_scores, p_hottest, num, num_blocks, num_groups, i_b, i_h,
+    stride_qb, stride_qh, stride_mg, stride_mw,
+    QUERY: tl.constexpr, AGNOSTIC: tl.constexpr, R: tl.constexpr, G: tl.constexpr, G_P: tl.constexpr,
+    D: tl.constexpr, D_P: tl.constexpr, TILE: tl.constexpr, UPCAST_DOT: tl.constexpr,
 ):  # fmt: skip
-    o_g, o_d = tl.arange(0, G_P), tl.arange(0, D_P)
+    o_g, o_d, o_r = tl.arange(0, G_P), tl.arange(0, D_P), tl.arange(0, R)
     m_g, m_d = (o_g < G)[:, None], (o_d < D)[None, :]
-    p_q = q + i_b * stride_qb + (i_h * G + o_g)[:, None] * stride_qh + o_d[None, :]
-    b_q = tl.load(p_q, mask=m_g & m_d, other=0.0).to(tl.float32)
-    b_positive, b_negative = tl.maximum(b_q, 0.0), tl.minimum(b_q, 0.0)
-    if not UPCAST_DOT:
-        b_positive = b_positive.to(p_bounds.dtype.element_ty)
-        b_negative = b_negative.to(p_bounds.dtype.element_ty)
+    if QUERY > 0:
+        p_q = q + i_b * stride_qb + (i_h * G + o_g)[:, None] * stride_qh + o_d[None, :]
+        b_q = tl.load(p_q, mask=m_g & m_d, other=0.0).to(tl.float32)
+        b_positive, b_negative = tl.maximum(b_q, 0.0), tl.minimum(b_q, 0.0)
+        if not UPCAST_DOT:
+            b_positive = b_positive.to(p_bounds.dtype.element_ty)
+            b_negative = b_negative.to(p_bounds.dtype.element_ty)
     for i_start in range(tl.program_id(1) * TILE, num_groups, tl.num_programs(1) * TILE):
         o_m = i_start + tl.arange(0, TILE)
-        m_m = o_m < num
-        p_high = p_bounds + o_m.to(tl.int64)[:, None] * stride_mg + o_d[None, :]
-        b_high = tl.load(p_high, mask=m_m[:, None] & m_d, other=0.0)
-        b_low = tl.load(p_high + stride_mw, mask=m_m[:, None] & m_d, other=0.0)
-        if UPCAST_DOT:
-            b_high, b_low = b_high.to(tl.float32), b_low.to(tl.float32)
-        b_bound = tl.dot(b_positive, tl.trans(b_high), input_precision="ieee")
-        b_bound = tl.dot(b_negative, tl.trans(b_low), b_bound, input_precision="ieee")
-        b_bound = tl.max(tl.where(m_g, b_bound, float("-inf")), axis=0)
-        tl.store(p_scores + o_m, tl.where(m_m, b_bound, float("-inf")), mask=o_m < num_groups)
+        if AGNOSTIC > 0:
+            o_n = o_m[:, None] * R + o_r[None, :]
+            b_heat = tl.load(p_heat + o_n, mask=o_n < num_blocks, other=float("-inf"))
+            tl.store(p_hottest + o_m, tl.max(b_heat, axis=1), mask=o_m < num_groups)
+        if QUERY > 0:
+            m_m = o_m < num
+            p_high = p_bounds + o_m.to(tl.int64)[:, None] * stride_mg + o_d[None, :]
+            b_high = tl.load(p_high, mask=m_m[:, None] & m_d, other=0.0)
+            b_low = tl.load(p_high + stride_mw, mask=m_m[:, None] & m_d, other=0.0)
+            if UPCAST_DOT:
+                b_high, b_low = b_high.to(tl.float32), b_low.to(tl.float32)
+            b_bound = tl.dot(b_positive, tl.trans(b_high), input_precision="ieee")
+            b_bound = tl.dot(b_negative, tl.trans(b_low), b_bound, input_precision="ieee")
+            b_bound = tl.max(tl.where(m_g, b_bound, float("-inf")), axis=0)
+            tl.store(p_scores + o_m, tl.where(m_m, b_bound, float("-inf")), mask=o_m < num_groups)
 
 
 # Grid (B * Hkv, splits). Shapes as in the contract; M_P and K_P are M and K rounded up to powers of two.
@@ -72,8 +78,7 @@ def open_groups_kernel(
     stride_hb, stride_hh,
     SINK: tl.constexpr, RECENT: tl.constexpr, QUERY: tl.constexpr, AGNOSTIC: tl.constexpr, R: tl.constexpr,
     DUE: tl.constexpr, G: tl.constexpr, G_P: tl.constexpr, D: tl.constexpr, D_P: tl.constexpr,
-    TILE: tl.constexpr, K: tl.constexpr, K_P: tl.constexpr, M_P: tl.constexpr, AT_ONCE: tl.constexpr,
-    UPCAST_DOT: tl.constexpr,
+    TILE: tl.constexpr, K: tl.constexpr, K_P: tl.constexpr, M_P: tl.constexpr, UPCAST_DOT: tl.constexpr,
 ):  # fmt: skip
     i_row = tl.program_id(0).to(tl.int64)
     i_b, i_h = i_row // Hkv, i_row % Hkv
@@ -93,13 +98,14 @@ def open_groups_kernel(
         is_due = (tl.load(due + i_b) != 0) | (seq_len == 0)
     if is_due:
         existing = (seq_len + span - 1) // span
-        p_scores = group_scores + i_row * num_groups
-        if QUERY > 0:
-            ranked = tl.maximum(tl.minimum(complete, existing - RECENT), 0)
-            bound_groups(
-                q, p_bounds, p_scores, ranked, num_groups, i_b, i_h, stride_qb, stride_qh, stride_mg, stride_mw,
-                G, G_P, D, D_P, TILE, UPCAST_DOT,
-            )  # fmt: skip
+        p_scores = group_scores + i_row * 2 * num_groups
+        p_hottest = p_scores + num_groups
+        rate_groups(
+            q, p_bounds, heat + i_b * stride_hb + i_h * stride_hh if AGNOSTIC > 0 else heat, p_scores, p_hottest,
+            tl.maximum(tl.minimum(complete, existing - RECENT), 0),
+            tl.minimum((seq_len + block_size - 1) // block_size, num_blocks), num_groups, i_b, i_h,
+            stride_qb, stride_qh, stride_mg, stride_mw, QUERY, AGNOSTIC, R, G, G_P, D, D_P, TILE, UPCAST_DOT,
+        )  # fmt: skip
         if arrive(arrivals + i_row):
             tl.debug_barrier()  # what other threads of this program wrote is read next
             o_m = tl.arange(0, M_P)
@@ -107,13 +113,7 @@ def open_groups_kernel(
             if QUERY > 0:
                 b_score = tl.load(p_scores + o_m, mask=o_m < num_groups, other=float("-inf"))
             if AGNOSTIC > 0:
-                nb = tl.minimum((seq_len + block_size - 1) // block_size, num_blocks)
-                p_heat = heat + i_b * stride_hb + i_h * stride_hh
-                b_heat = tl.full([M_P], float("-inf"), tl.float32)
-                for i in tl.static_range(0, R, AT_ONCE):
-                    o_n = (o_m * R + i)[:, None] + tl.arange(0, AT_ONCE)[None, :]
-                    b_part = tl.load(p_heat + o_n, mask=o_n < nb, other=float("-inf"))
-                    b_heat = tl.maximum(b_heat, tl.max(b_part, axis=1))
+                b_heat = tl.load(p_hottest + o_m, mask=o_m < num_groups, other=float("-inf"))
             select_blocks(
                 b_score, b_heat, existing, 0, open_groups + i_row * K, num_open + i_row,
                 SINK, RECENT, QUERY, AGNOSTIC, "fixed", K, K_P, M_P,
@@ -154,7 +154,7 @@ def open_groups(
     given = [t for t in (q, group_bounds, summary, host_table, heat) if t is not None]
     if not all(t.is_contiguous() for t in whole) or any(t.stride(-1) != 1 for t in given):
         raise ValueError("scratch and lists must be contiguous, and the last dim of every tensor")
-    rows, heads, num_groups = group_scores.shape
+    rows, heads, _, num_groups = group_scores.shape
     if num_groups > MAX_GROUPS:
         raise ValueError(f"open_groups handles up to {MAX_GROUPS} groups, not {num_groups}")
     group, dim, width = q.shape[1] // heads, q.shape[2], open_groups.shape[2]
@@ -168,6 +168,6 @@ def open_groups(
         SINK=sink_groups, RECENT=recent_groups, QUERY=query_groups, AGNOSTIC=agnostic_groups, R=group_blocks,
         DUE=due is not None, G=group, G_P=max(16, triton.next_power_of_2(group)), D=dim,
         D_P=triton.next_power_of_2(dim), TILE=TILE, K=width, K_P=triton.next_power_of_2(width), M_P=padded,
-        AT_ONCE=max(1, min(group_blocks, HEAT_TILE // padded)), UPCAST_DOT=not q.is_cuda,
+        UPCAST_DOT=not q.is_cuda,
         num_warps=max(4, min(16, padded // GROUPS_PER_WARP)),
     )  # fmt: skip

@@ -45,7 +45,7 @@ def open_groups(
         host_table: int32 [B, N], N at most M * group_blocks.
         seq_lens: int32 [B], tokens; 0 = inactive.
         arrivals: int32 [B, Hkv], zero before and after; for the Triton home only, else None.
-        group_scores: fp32 [B, Hkv, M] scratch.
+        group_scores: fp32 [B, Hkv, 2, M] scratch: scores and heat of the groups.
         open_groups: int32 [B, Hkv, K], written in full: ids of the open groups ascending, then -1. K is the sum of the
             four numbers of groups.
         num_open: int32 [B, Hkv], written.
@@ -78,9 +78,12 @@ def open_groups(
     heads = q.to(wide).unflatten(1, (group_bounds.shape[1], -1))[:, :, :, None]  # [B, Hkv, G, 1, D]
     high, low = group_bounds.to(wide)[:, :, None].unbind(4)
     scores = torch.maximum(heads * high, heads * low).sum(-1).amax(2)
-    group_scores.copy_(torch.where(ranked[:, None] & ~scores.isnan(), scores, -torch.inf))
+    of_query, of_heat = group_scores.unbind(2)
+    of_query.copy_(torch.where(ranked[:, None] & ~scores.isnan(), scores, -torch.inf))
+    if heat is not None:
+        of_heat.copy_(heat_of_groups(heat, group_blocks))
     select(
-        group_scores, None if heat is None else heat_of_groups(heat, group_blocks), seq_lens, open_groups, num_open,
+        of_query, None if heat is None else of_heat, seq_lens, open_groups, num_open,
         block_size=span, sink_blocks=sink_groups, recent_blocks=recent_groups, query_blocks=query_groups,
         agnostic_blocks=agnostic_groups, heat_decay=1.0, normalise="none", due=due,
     )  # fmt: skip

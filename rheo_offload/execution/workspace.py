@@ -59,7 +59,7 @@ class DecodeWorkspace(SelectionLists):
         self.arrivals = torch.zeros(rows, num_kv_heads, dtype=torch.int32, device=device)
         self.block_scores = floats(rows, num_kv_heads, candidates)
         if groups is not None:
-            self.group_scores = floats(rows, num_kv_heads, -(-max_blocks // groups.group_blocks))
+            self.group_scores = floats(rows, num_kv_heads, 2, -(-max_blocks // groups.group_blocks))
             self.open_groups = torch.full(
                 (rows, num_kv_heads, groups.listed), -1, dtype=torch.int32, device=device
             )

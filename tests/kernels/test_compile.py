@@ -225,7 +225,7 @@ class World:
         bounds = empty(rows, heads, groups, 2, dim, dtype=self.q.dtype)
         lists = (
             self.num_selected,
-            empty(rows, heads, groups, dtype=FP32),
+            empty(rows, heads, 2, groups, dtype=FP32),
             ints(rows, heads, 28),
             self.num_selected,
         )

@@ -51,7 +51,7 @@ def run(fn, device, world, due=None, lists=None):
     q, bounds, summary, heat, table, lens = (None if t is None else t.to(device, copy=True) for t in tensors)
     before = None if heat is None else heat.clone()
     arrivals = torch.zeros(bounds.shape[:2], dtype=torch.int32, device=device)
-    scores = poison(*bounds.shape[:3], dtype=torch.float32, device=device)
+    scores = poison(*bounds.shape[:2], 2, bounds.shape[2], dtype=torch.float32, device=device)
     opened = poison(*bounds.shape[:2], sum(shares), dtype=torch.int32, device=device)
     count = poison(*bounds.shape[:2], dtype=torch.int32, device=device)
     if lists is not None:
