@@ -83,14 +83,6 @@ def decide_kernel(
     if DUE:
         is_due = (tl.load(due + i_b) != 0) | (seq_len == 0)
         scored_len = tl.where(is_due, open_len, 0)
-    # a row that is not due has no candidates: its list of open groups may be stale
-    num_candidates = (scored_len + block_size - 1) // block_size
-    o_n = tl.arange(0, N_P)
-    b_id = block_at(p_groups, o_n, o_n < num_candidates, R)
-    p_heat = heat + i_b * stride_hb + i_h * stride_hh if (AGNOSTIC > 0) | (NORMALISE != "none") else heat
-    b_heat = tl.zeros([N_P], tl.float32)
-    if (AGNOSTIC > 0) | (NORMALISE != "none"):  # under way while the scores are made
-        b_heat = tl.load(p_heat + b_id, mask=o_n < num_candidates, other=0.0)
     is_last = True
     if SCORE == "mean" or SCORE == "windows":
         is_last = unit_logits(
@@ -106,8 +98,17 @@ def decide_kernel(
         )  # fmt: skip
         is_last = arrive(arrivals + i_row)
     if is_last:
-        nb = (seq_len + block_size - 1) // block_size
-        b_score = tl.zeros([N_P], tl.float32)
+        # a row that is not due has no candidates: its list of open groups may be stale
+        nb, num_candidates = (
+            (seq_len + block_size - 1) // block_size,
+            (scored_len + block_size - 1) // block_size,
+        )
+        o_n = tl.arange(0, N_P)
+        b_heat, b_score = tl.zeros([N_P], tl.float32), tl.zeros([N_P], tl.float32)
+        if (AGNOSTIC > 0) | (NORMALISE != "none"):
+            b_id = block_at(p_groups, o_n, o_n < num_candidates, R)
+            p_heat = heat + i_b * stride_hb + i_h * stride_hh + b_id
+            b_heat = tl.load(p_heat, mask=o_n < num_candidates, other=0.0)
         if SCORE != "none":
             p_scores = block_scores + i_b * stride_bb + i_h * stride_bh
             b_score = pool_scores(
@@ -117,14 +118,14 @@ def decide_kernel(
         p_selected, p_slot_of = selected_blocks + i_row * S, slot_of + i_b * stride_ob + i_h * stride_oh
         if is_due:
             b_count = select_blocks(
-                b_id, b_score, b_heat, num_candidates, limit, p_selected, num_selected + i_row,
+                b_score, b_heat, num_candidates, limit, p_selected, num_selected + i_row,
                 SINK, RECENT, QUERY, AGNOSTIC, RULE, S, S_P, N_P,
             )  # fmt: skip
         else:
             b_count = tl.load(num_selected + i_row)
         tl.debug_barrier()  # the list is read by other threads than wrote it
         o_s = tl.arange(0, S_P)
-        if R > 1 and QUERY + AGNOSTIC == 0 and is_due:  # from places among the candidates to blocks
+        if R > 1 and is_due:  # from places among the candidates to blocks
             m_s = o_s < b_count
             b_place = tl.load(p_selected + o_s, mask=m_s, other=0)
             tl.debug_barrier()
@@ -138,7 +139,7 @@ def decide_kernel(
             load_src, load_dst, load_at, load_count, counters + i_row * 5, SINK, RECENT, id_range, Hkv, S, S_P, SLOTS,
         )  # fmt: skip
         if NORMALISE != "none" and is_due:
-            fold_heat(p_heat + b_id, b_heat, b_score, o_n < num_candidates, heat_decay, NORMALISE)
+            fold_heat(p_heat, b_heat, b_score, o_n < num_candidates, heat_decay, NORMALISE)
 
 
 def decide(

@@ -115,7 +115,7 @@ def open_groups_kernel(
             if AGNOSTIC > 0:
                 b_heat = tl.load(p_hottest + o_m, mask=o_m < num_groups, other=float("-inf"))
             select_blocks(
-                o_m, b_score, b_heat, existing, 0, open_groups + i_row * K, num_open + i_row,
+                b_score, b_heat, existing, 0, open_groups + i_row * K, num_open + i_row,
                 SINK, RECENT, QUERY, AGNOSTIC, "fixed", K, K_P, M_P,
             )  # fmt: skip
 

@@ -140,25 +140,24 @@ def ranks(m, N_P: tl.constexpr):
     return tl.reshape(tl.cumsum(b_m, axis=1) + b_before[:, None], [N_P])
 
 
-# Lists the blocks that one (row, head) attends to by their ids b_id [N_P], ascending and then -1 (without scores and
-# heat: their places); returns how many there are.
+# Lists the blocks that one (row, head) attends to, ascending and then -1; returns how many there are.
 @triton.jit
 def select_blocks(
-    b_id, b_score, b_heat, nb, limit, p_selected, p_num,
+    b_score, b_heat, nb, limit, p_selected, p_num,
     SINK: tl.constexpr, RECENT: tl.constexpr, QUERY: tl.constexpr, AGNOSTIC: tl.constexpr, RULE: tl.constexpr,
     S: tl.constexpr, S_P: tl.constexpr, N_P: tl.constexpr,
 ):  # fmt: skip
     o_s = tl.arange(0, S_P)
     b_count = tl.where(nb <= S, nb, SINK + RECENT + QUERY + AGNOSTIC)
     if QUERY + AGNOSTIC == 0:
-        b_place = tl.where((nb <= S) | (o_s < SINK), o_s, o_s - SINK + nb - RECENT)
-        tl.store(p_selected + o_s, b_place, mask=o_s < b_count)
+        b_id = tl.where((nb <= S) | (o_s < SINK), o_s, o_s - SINK + nb - RECENT)
+        tl.store(p_selected + o_s, b_id, mask=o_s < b_count)
     else:
         m_chosen = choose(b_score, b_heat, nb, limit, SINK, RECENT, QUERY, AGNOSTIC, RULE, S, N_P)
         if RULE != "fixed":
             b_count = tl.sum(m_chosen.to(tl.int32), axis=0)
         b_place = ranks(m_chosen, N_P) - 1
-        tl.store(p_selected + b_place, b_id, mask=m_chosen)
+        tl.store(p_selected + b_place, tl.arange(0, N_P), mask=m_chosen)
     tl.store(p_selected + o_s, tl.full([S_P], -1, tl.int32), mask=(o_s >= b_count) & (o_s < S))
     tl.store(p_num, b_count)
     return b_count
@@ -201,7 +200,7 @@ def select_kernel(
         p_heat = heat + i_b * stride_hb + i_h * stride_hh + o_n
         b_heat = tl.load(p_heat, mask=m_n, other=0.0)
     select_blocks(
-        o_n, b_score, b_heat, nb, limit, selected_blocks + i_row * S, num_selected + i_row,
+        b_score, b_heat, nb, limit, selected_blocks + i_row * S, num_selected + i_row,
         SINK, RECENT, QUERY, AGNOSTIC, RULE, S, S_P, N_P,
     )  # fmt: skip
     if NORMALISE != "none":
