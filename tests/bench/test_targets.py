@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 
+from bench import step_sweep
 from bench.__main__ import QUICK_OVERRIDES, _one_thread, main
 from bench.breakdown import Kernel, parts_of, union
 from bench.dense import IMPLEMENTATIONS
@@ -17,6 +18,7 @@ from bench.selectors import Flat, Frozen, drop_kernel, drop_on_host
 from bench.shapes import quick_config, random_model, view
 from bench.suites import SUITES, memory, misses, resident
 from bench.timing import Quantiles, Rates
+from csrc_free_kernels import launch
 from rheo_offload.config import RheoConfig, resolve_auto
 from tests.helpers.homes import DEVICE
 
@@ -419,6 +421,26 @@ def test_flat_ranks_without_the_index(lab):
         assert grouped.executor.index is not None
     with lab.ours(AllResident.name, 1, CONTEXT, Flat()) as flat:
         assert flat.executor.index is None and flat.executor.selector.name == "mean_key"
+
+
+@pytest.mark.parametrize("rate", [None, 0.2])
+def test_launch_choices_are_timed_in_real_steps(lab, rate, monkeypatch):
+    """Each variant counts while it is timed, and the table is as before afterwards."""
+    before, seen = list(launch.entries()), []
+    real = step_sweep.step_parts
+
+    def spy(subject, steps):
+        seen.append(launch.launch_of("attend_splits", CPU, 2 * HEADS))
+        return real(subject, 2) | {"missed": subject.stats()["miss_blocks"]}
+
+    monkeypatch.setattr(step_sweep, "step_parts", spy)
+    case = {"batch": 2, "context": CONTEXT, "variants": [[], [["attend_splits", {}, {"programs": 8}]]]}
+    found = list(step_sweep.sweep(lab, case | ({} if rate is None else {"miss_rate": rate})))
+    assert seen == [{}, {"programs": 8}] and launch.entries() == before
+    assert [variant for variant, _ in found] == case["variants"]
+    for _, parts in found:
+        assert parts["attend"] > 0 and parts["decide"] > 0
+        assert rate is None or parts["missed"] > 0
 
 
 # ---- all of it ---------------------------------------------------------------------------------------------
