@@ -168,9 +168,8 @@ def run(args: argparse.Namespace) -> int:
     paragraphs = read_paragraphs(args.text)
     check_positions(args, evaluation)
     about = start_record(args, paragraphs, dense="stock" if setups[0].config is None else "with its bias")
-    configs = {
-        (s.method, s.token_budget): logged(s.config, args.model) for s in setups if s.config is not None
-    }
+    home = None if own_config(args.model) is None else Path(model_folder(args.model))
+    configs = {(s.method, s.token_budget): logged(s.config, home) for s in setups if s.config is not None}
     log = EvalLog(args.out, run=about, configs=configs)
     missing = evaluation.missing(log)
     if missing:
@@ -213,14 +212,13 @@ def tasks_and_setups(args: argparse.Namespace) -> tuple[Any, Any]:
     return tasks, setups
 
 
-def logged(config: RheoConfig, model: str) -> dict[str, Any]:
-    """Return a configuration for the log; files that come with the model stand there by name, wherever it lies."""
+def logged(config: RheoConfig, home: Path | None) -> dict[str, Any]:
+    """Return a configuration for the log; files of a model's own directory `home` stand there by name."""
     values = config.to_dict()
     params = values["selection"]["params"]
     weights = params.get("weights")
-    if weights is not None and own_config(model) is not None:
-        home, file = Path(model_folder(model)), Path(weights)
-        params["weights"] = str(file.relative_to(home)) if file.is_relative_to(home) else weights
+    if weights is not None and home is not None and Path(weights).is_relative_to(home):
+        params["weights"] = str(Path(weights).relative_to(home))
     return values
 
 
