@@ -151,6 +151,9 @@ class Evaluation:
                 then.
         """
         check_tasks(self.tasks, self.setups, recall=speaks_recall(tokenizer))
+        dense = self.setups[0].config
+        if dense is not None:  # made for a number of positions that may have been a guess
+            check_lengths(self.tasks, self.settings, int(dense.selection.token_budget))
         missing = self.missing(log)
         for config in {id(s): s.config for _, _, s in missing if s.config is not None}.values():
             check_config(model, config)

@@ -92,6 +92,16 @@ def test_an_evaluation_refuses_by_the_tokenizer_it_is_given(source, model, monke
         evaluation.run(model, source.tokenizer, source.paragraphs, log)
 
 
+def test_what_is_called_dense_attends_to_everything(source):
+    """Of a GGUF file the positions are a guess; a context beyond it would be attended to in part."""
+    _, tokenizer = load("native", device="cpu")
+    setups = setups_of([], [], own=own_config("native"))
+    evaluation = Evaluation(tasks=[Recall()], setups=setups, settings=Settings(contexts=(1 << 18,)))
+    log = type("Log", (), {"rows": {}})()
+    with pytest.raises(RheoError, match="more than the model's 131104; shorten --contexts"):
+        evaluation.run(tiny_model("llama", device=DEVICE), tokenizer, source.paragraphs, log)
+
+
 def test_a_model_with_a_bias_has_no_stock_model_to_compare_with():
     setups = setups_of([], [], own=own_config("native"))
     check_tasks(tasks_of(["needle", "perplexity"]), setups, recall=False)
