@@ -173,7 +173,8 @@ class Lab:
             batch: rows.
             context: tokens before the first step; whole blocks.
             selection: instead of the configured method.
-            overrides: configuration on top of the run's.
+            overrides: configuration on top of the run's; what is fixed when a model is offloaded (the method, its
+                index) stays as it is.
             warm: load the pools before the first step (sink, recent and hottest blocks).
             reservoir_bytes: host memory to fill at most; None: the scale's.
         """

@@ -16,21 +16,21 @@ def run(lab: Lab) -> None:
         selection = Frozen(forced_misses=True)
         with lab.ours(Rheo.name, batch, context, selection, warm=False) as subject:
             lab.settle(subject)
-            resident = _parts(lab, subject, batch, "frozen")
+            resident = emit_parts(lab, subject, batch, context, "frozen")
             selection.set_miss_rate(MISS_RATE)
             lab.settle(subject)
-            _parts(lab, subject, batch, f"frozen-miss{MISS_RATE:g}", resident)
+            emit_parts(lab, subject, batch, context, f"frozen-miss{MISS_RATE:g}", resident)
         try:
             recorded = lab.recorded("s64-heat")
             with lab.ours(Rheo.name, batch, context, recorded) as subject:
                 lab.settle(subject)
-                _parts(lab, subject, batch, "recorded", resident)
+                emit_parts(lab, subject, batch, context, "recorded", resident)
         except (FileNotFoundError, ValueError) as error:
             lab.failed("recorded", batch, context, error)
 
 
-def _parts(
-    lab: Lab, subject: Rheo, batch: int, name: str, resident: dict[str, float] | None = None
+def emit_parts(
+    lab: Lab, subject: Rheo, batch: int, context: int, name: str, resident: dict[str, float] | None = None
 ) -> dict[str, float]:
     """Emit and return the parts; beside a step without misses also what the transfer adds to attention."""
     parts = step_parts(subject, STEPS)
@@ -42,7 +42,7 @@ def _parts(
             lab.row(
                 subject,
                 batch,
-                lab.scale.short,
+                context,
                 name=name,
                 metric=f"part.{part}",
                 unit=unit,

@@ -4,15 +4,12 @@ The configured method over random keys, with a slot for every block, so that the
 the share look small. A model of fewer layers needs less device memory for that.
 """
 
-from typing import Any
-
-from bench.breakdown import step_parts
 from bench.lab import Lab, met
 from bench.ours import AllResident
 from bench.selectors import Flat
+from bench.suites.breakdown import STEPS, emit_parts
 from bench.suites.sizes import fits_together, pool_bytes
 
-STEPS = 8
 PARTS = ("score", "decide")
 SHARE = 0.10
 
@@ -27,28 +24,7 @@ def run(lab: Lab) -> None:
     for name, selection in (("flat", Flat()), ("two-level", None)):
         with lab.ours(AllResident.name, batch, context, selection) as subject:
             lab.settle(subject)
-            parts = step_parts(subject, STEPS)
-            _emit(
-                lab, subject, name, {f"part.{part}": ms for part, ms in parts.items() if part != "launches"}
-            )
+            parts = emit_parts(lab, subject, batch, context, name)
             share = sum(parts.get(part, 0.0) for part in PARTS) / parts["span"]
-            _emit(lab, subject, name, {"choosing_share": share}, unit="1", **met(share, SHARE))
-
-
-def _emit(
-    lab: Lab, subject: AllResident, name: str, values: dict[str, float], unit: str = "ms", **fields: Any
-) -> None:
-    for metric, value in values.items():
-        lab.emit(
-            lab.row(
-                subject,
-                lab.scale.choosing_batch,
-                lab.scale.long,
-                name=name,
-                metric=metric,
-                unit=unit,
-                p50=value,
-                n=STEPS,
-                **fields,
-            )
-        )
+            fields = {"metric": "choosing_share", "unit": "1", "p50": share, "n": STEPS, **met(share, SHARE)}
+            lab.emit(lab.row(subject, batch, context, name=name, **fields))

@@ -171,6 +171,7 @@ def test_shares_are_of_questions(finished):
         {"score": 5 / 6, "questions": 6.0, "retrieval": 5 / 6, "retrieval_questions": 6.0},
     ]
     assert Recall().summary(two) == 0.625
+    assert Recall().summary([{"score": 1.0, "questions": 30.0}, {"score": 0.0, "questions": 10.0}]) == 0.75
     rows = [
         Row(task="recall", case=f"{i}", method="dense", token_budget=None, context_len_tokens=64, metrics=m)
         for i, m in enumerate(two)
