@@ -18,6 +18,21 @@ def thresholds(low, high, SIZE: tl.constexpr):
 
 
 @triton.jit
+def cuts(low, high, widest, SIZE: tl.constexpr):
+    """Thresholds in low + 1 .. high - 1 (int32, at least 2 apart, maybe 2**32), ascending, as `thresholds`.
+
+    They lie at the upper end of the range, parts of at most `widest` (uint32) below each other.
+    """
+    span = (high - low).to(tl.uint32)  # wraps to the difference
+    PARTS: tl.constexpr = 4 if SIZE <= FEW else 3
+    step = tl.maximum(tl.minimum(span // PARTS, widest), 1)
+    past = span - 1  # the farthest from the upper end
+    cut_1 = high - tl.minimum((PARTS - 1) * step, past).to(tl.int32)
+    cut_2 = high - tl.minimum((PARTS - 2) * step, past).to(tl.int32)
+    return cut_1, cut_2, high - step.to(tl.int32) if SIZE <= FEW else cut_2
+
+
+@triton.jit
 def count_marked(m_1, m_2, m_3, SIZE: tl.constexpr):
     """How many of SIZE elements each mask marks, not all SIZE; beyond FEW the third mask counts as the second.
 

@@ -60,7 +60,7 @@ def decide_kernel(
     q, summary, heat, seq_lens, due, host_table, slot_of, block_in, last_used, slot_base, slot_count, step,
     logits, arrivals, block_scores, selected_blocks, num_selected, hit_slots, miss_slots,
     load_src, load_dst, load_at, load_count, counters, open_groups, num_open,
-    softmax_scale, heat_decay, limit, num_blocks, block_size, Hkv, id_range,
+    softmax_scale, heat_decay, limit, num_blocks, num_pages, block_size, Hkv, id_range,
     stride_qb, stride_qh, stride_sp, stride_sh, stride_sw, stride_tb, stride_lb, stride_lh,
     stride_bb, stride_bh, stride_hb, stride_hh, stride_ob, stride_oh,
     SCORE: tl.constexpr, NORMALISE: tl.constexpr, SINK: tl.constexpr, RECENT: tl.constexpr,
@@ -73,6 +73,7 @@ def decide_kernel(
     i_row = tl.program_id(0).to(tl.int64)
     i_b, i_h = (tl.program_id(0) // Hkv).to(tl.int64), (tl.program_id(0) % Hkv).to(tl.int64)
     seq_len, i_step = tl.load(seq_lens + i_b), tl.load(step)
+    p_slot_of = slot_of + i_b * stride_ob + i_h * stride_oh
     p_groups, open_len = host_table, seq_len
     if R > 1:  # every group that is not open is whole
         p_groups = open_groups + i_row * K
@@ -87,8 +88,8 @@ def decide_kernel(
     if SCORE == "mean" or SCORE == "windows":
         is_last = unit_logits(
             q, summary, host_table, p_groups, scored_len, logits, arrivals, softmax_scale, num_blocks * W,
-            block_size // W, i_b, i_h, stride_qb, stride_qh, stride_sp, stride_sh, stride_sw, stride_tb,
-            stride_lb, stride_lh, G, G_P, D, D_P, W, R, TILE, UPCAST_DOT,
+            num_pages, block_size // W, p_slot_of, i_b, i_h, stride_qb, stride_qh, stride_sp, stride_sh, stride_sw,
+            stride_tb, stride_lb, stride_lh, G, G_P, D, D_P, W, R, TILE, UPCAST_DOT,
         )  # fmt: skip
     elif SCORE == "minmax":
         bounds(
@@ -115,22 +116,18 @@ def decide_kernel(
                 logits, i_b * stride_lb + i_h * G * stride_lh, p_scores, scored_len, num_blocks, block_size,
                 stride_lh, SCORE, G, G_POOL, W, POOL_TILE, N_P,
             )  # fmt: skip
-        p_selected, p_slot_of = selected_blocks + i_row * S, slot_of + i_b * stride_ob + i_h * stride_oh
+        if NORMALISE != "none" and is_due:  # nothing below reads it: the selection goes by what is held
+            fold_heat(p_heat, b_heat, b_score, o_n < num_candidates, heat_decay, NORMALISE)
+        p_selected = selected_blocks + i_row * S
         if is_due:
             b_count = select_blocks(
-                b_score, b_heat, num_candidates, limit, p_selected, num_selected + i_row,
-                SINK, RECENT, QUERY, AGNOSTIC, RULE, S, S_P, N_P,
+                b_score, b_heat, num_candidates, limit, p_groups, p_selected, num_selected + i_row,
+                SINK, RECENT, QUERY, AGNOSTIC, RULE, R, S, S_P, N_P,
             )  # fmt: skip
         else:
             b_count = tl.load(num_selected + i_row)
         tl.debug_barrier()  # the list is read by other threads than wrote it
         o_s = tl.arange(0, S_P)
-        if R > 1 and is_due:  # from places among the candidates to blocks
-            m_s = o_s < b_count
-            b_place = tl.load(p_selected + o_s, mask=m_s, other=0)
-            tl.debug_barrier()
-            tl.store(p_selected + o_s, block_at(p_groups, b_place, m_s, R), mask=m_s)
-            tl.debug_barrier()
         b_block = tl.load(p_selected + o_s, mask=o_s < b_count, other=0)
         b_slot = tl.load(p_slot_of + b_block, mask=o_s < b_count, other=-1)
         resolve_blocks(
@@ -138,8 +135,6 @@ def decide_kernel(
             last_used, slot_base + i_row, slot_count + i_row, hit_slots + i_row * S, miss_slots + i_row * S,
             load_src, load_dst, load_at, load_count, counters + i_row * 5, SINK, RECENT, id_range, Hkv, S, S_P, SLOTS,
         )  # fmt: skip
-        if NORMALISE != "none" and is_due:
-            fold_heat(p_heat, b_heat, b_score, o_n < num_candidates, heat_decay, NORMALISE)
 
 
 def decide(
@@ -226,7 +221,7 @@ def decide(
         q, summary, heat, seq_lens, due, host_table, slot_of, block_in, last_used, slot_base, slot_count, step,
         logits, arrivals, block_scores, selected_blocks, num_selected, hit_slots, miss_slots,
         load_src, load_dst, load_at, load_count, counters, open_groups, num_open,
-        softmax_scale, heat_decay, limit_of(rule, limit), num_blocks, block_size, heads,
+        softmax_scale, heat_decay, limit_of(rule, limit), num_blocks, slot_of.shape[2], block_size, heads,
         id_range_of(slot_of, block_in),
         *strides_of(q, 2), *strides_of(summary, 3), host_table.stride(0), *strides_of(logits, 2),
         *strides_of(block_scores, 2), *strides_of(heat, 2), *strides_of(slot_of, 2),

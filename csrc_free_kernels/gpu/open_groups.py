@@ -12,6 +12,7 @@ TILE = 32  # groups a program scores at once: 16 KiB of bf16 bounds at D = 128
 PROGRAMS = 512  # programs worth launching, about 4 an SM
 MAX_GROUPS = 8192
 GROUPS_PER_WARP = 64
+LEAST_WARPS = 4
 
 
 # Extremes of the mean keys of one group, read by page: values as they are stored, so that nothing is rounded.
@@ -115,8 +116,8 @@ def open_groups_kernel(
             if AGNOSTIC > 0:
                 b_heat = tl.load(p_hottest + o_m, mask=o_m < num_groups, other=float("-inf"))
             select_blocks(
-                b_score, b_heat, existing, 0, open_groups + i_row * K, num_open + i_row,
-                SINK, RECENT, QUERY, AGNOSTIC, "fixed", K, K_P, M_P,
+                b_score, b_heat, existing, 0, host_table, open_groups + i_row * K, num_open + i_row,
+                SINK, RECENT, QUERY, AGNOSTIC, "fixed", 1, K, K_P, M_P,
             )  # fmt: skip
 
 
@@ -169,5 +170,5 @@ def open_groups(
         DUE=due is not None, G=group, G_P=max(16, triton.next_power_of_2(group)), D=dim,
         D_P=triton.next_power_of_2(dim), TILE=TILE, K=width, K_P=triton.next_power_of_2(width), M_P=padded,
         UPCAST_DOT=not q.is_cuda,
-        num_warps=max(4, min(16, padded // GROUPS_PER_WARP)),
+        num_warps=max(LEAST_WARPS, min(16, padded // GROUPS_PER_WARP)),
     )  # fmt: skip

@@ -24,15 +24,21 @@ def resolve_blocks(
     b_slot = tl.where(m_block, b_slot, -1)
     m_hit = m_block & (b_slot >= 0)
     m_miss = m_block & (b_slot < 0)
+    tail_slot = tl.load(p_slot_of + nb - 1, mask=nb > 0, other=0)
     tl.store(p_hits + o_s, b_slot, mask=o_s < S)
     tl.store(last_used + b_slot, tl.full([S_P], 0, tl.int32) + i_step, mask=m_hit)
 
-    # selected, hits, forced, forced hits: four counts of 16 bits in one reduction
+    # selected, hits, forced, forced hits: four counts in one reduction, of a 32-bit word where that holds them
+    BITS: tl.constexpr = 8 if S_P <= 128 else 16
+    FIELD: tl.constexpr = 2**BITS - 1
+    WORD: tl.constexpr = tl.int32 if S_P <= 128 else tl.int64
     m_counted = m_block & (b_block < nb - 1)
     m_forced = m_counted & ((b_block < sink_blocks) | (b_block >= nb - recent_blocks))
-    b_word = m_counted.to(tl.int64) + (m_forced.to(tl.int64) << 32)
-    b_word = tl.sum(tl.where(m_hit, b_word * 65537, b_word), axis=0)
-    num_misses = tl.sum(m_miss.to(tl.int32), axis=0)
+    b_word = m_counted.to(WORD) + (m_forced.to(WORD) << 2 * BITS)
+    b_word = tl.sum(tl.where(m_hit, b_word * (1 + 2**BITS), b_word), axis=0)
+    num_counted, num_hits = (b_word & FIELD).to(tl.int32), (b_word >> BITS & FIELD).to(tl.int32)
+    tail_missing = (num > num_counted) & (tail_slot < 0)  # the one block that is not counted
+    num_misses = num_counted - num_hits + tail_missing.to(tl.int32)
 
     b_evicted = tl.full((), 0, tl.int32)
     b_new = tl.full([S_P], -1, tl.int32)
@@ -58,7 +64,8 @@ def resolve_blocks(
 
     # nobody else touches these counters; an atomic whose result is not used need not wait for the old value
     o_c = tl.arange(0, 8)
-    b_amount = tl.where(o_c < 4, (b_word >> (16 * tl.minimum(o_c, 3))) & 0xFFFF, b_evicted.to(tl.int64))
+    b_count = (b_word >> (BITS * tl.minimum(o_c, 3))) & FIELD
+    b_amount = tl.where(o_c < 4, b_count, b_evicted).to(tl.int64)
     tl.atomic_add(p_counters + o_c, b_amount, mask=o_c < 5, sem="relaxed")
 
 

@@ -25,13 +25,14 @@ def block_at(p_groups, o_n, m_n, R: tl.constexpr):
 
 
 # Raw logits of the finished sub-units of one (row, head), tiles dealt out to the splits.
-# q [B, Hq, D], summary [P, Hkv, W, D], host_table [B, N] -> logits fp32 [B, Hq, N * W]; of candidates only where
-# p_groups [K] says so (R > 1, then W = 1), for which `seq_len` is the tokens in them.
+# q [B, Hq, D], summary [P, Hkv, W, D], host_table [B, num_pages] -> logits fp32 [B, Hq, N * W]; of candidates only
+# where p_groups [K] says so (R > 1, then W = 1), for which `seq_len` is the tokens in them; then p_ahead [num_pages] is
+# what the caller reads next of the candidates.
 # Returns whether this program is the last of its (row, head): it may then read what all of them wrote.
 @triton.jit
 def unit_logits(
-    q, summary, host_table, p_groups, seq_len, logits, arrivals, softmax_scale, max_units, unit_tokens, i_b, i_h,
-    stride_qb, stride_qh, stride_sp, stride_sh, stride_sw, stride_tb, stride_lb, stride_lh,
+    q, summary, host_table, p_groups, seq_len, logits, arrivals, softmax_scale, max_units, num_pages, unit_tokens,
+    p_ahead, i_b, i_h, stride_qb, stride_qh, stride_sp, stride_sh, stride_sw, stride_tb, stride_lb, stride_lh,
     G: tl.constexpr, G_P: tl.constexpr, D: tl.constexpr, D_P: tl.constexpr, W: tl.constexpr, R: tl.constexpr,
     TILE: tl.constexpr, UPCAST_DOT: tl.constexpr,
 ):  # fmt: skip
@@ -47,9 +48,13 @@ def unit_logits(
     for i_start in range(tl.program_id(1) * TILE, max_units, tl.num_programs(1) * TILE):
         o_u = i_start + tl.arange(0, TILE)
         m_u = o_u < num_units
-        # as far as the table goes, so that this load need not wait for the length
-        m_page = o_u < max_units if R == 1 else m_u
+        # as far as the tables go, so that these loads need not wait for the length; what is listed past it is not used
+        m_page = o_u < max_units
         b_block = block_at(p_groups, o_u // W, m_page, R)
+        if R > 1:
+            m_page = m_page & (b_block >= 0) & (b_block < num_pages)
+            # no value is waited for: it is then in the L2 cache
+            tl.load(p_ahead + b_block, mask=m_page, other=0, volatile=True)
         b_page = tl.load(host_table + i_b * stride_tb + b_block, mask=m_page, other=0)
         b_page = tl.maximum(b_page, 0).to(tl.int64)
         p_k = summary + b_page * stride_sp + i_h * stride_sh + (o_u % W) * stride_sw
@@ -148,9 +153,9 @@ def score_mean_kernel(
     i_h = (tl.program_id(0) % Hkv).to(tl.int64)
     seq_len = tl.load(seq_lens + i_b)
     is_last = unit_logits(
-        q, summary, host_table, host_table, seq_len, logits, arrivals, softmax_scale, num_blocks, block_size, i_b,
-        i_h, stride_qb, stride_qh, stride_sp, stride_sh, stride_sw, stride_tb, stride_lb, stride_lh,
-        G, G_P, D, D_P, 1, 1, TILE, UPCAST_DOT,
+        q, summary, host_table, host_table, seq_len, logits, arrivals, softmax_scale, num_blocks, num_blocks,
+        block_size, host_table, i_b, i_h, stride_qb, stride_qh, stride_sp, stride_sh, stride_sw, stride_tb, stride_lb,
+        stride_lh, G, G_P, D, D_P, 1, 1, TILE, UPCAST_DOT,
     )  # fmt: skip
     if is_last:
         num_closed = tl.minimum(seq_len // block_size, num_blocks)

@@ -73,9 +73,9 @@ def score_windows_kernel(
     i_h = (tl.program_id(0) % Hkv).to(tl.int64)
     seq_len = tl.load(seq_lens + i_b)
     is_last = unit_logits(
-        q, summary, host_table, host_table, seq_len, logits, arrivals, softmax_scale, num_blocks * W, unit_tokens, i_b,
-        i_h, stride_qb, stride_qh, stride_sp, stride_sh, stride_sw, stride_tb, stride_lb, stride_lh,
-        G, G_P, D, D_P, W, 1, TILE, UPCAST_DOT,
+        q, summary, host_table, host_table, seq_len, logits, arrivals, softmax_scale, num_blocks * W, num_blocks,
+        unit_tokens, host_table, i_b, i_h, stride_qb, stride_qh, stride_sp, stride_sh, stride_sw, stride_tb, stride_lb,
+        stride_lh, G, G_P, D, D_P, W, 1, TILE, UPCAST_DOT,
     )  # fmt: skip
     if is_last:
         num_units = tl.minimum(seq_len // unit_tokens, num_blocks * W)

@@ -1,16 +1,18 @@
-"""Triton `select`: the k-th largest value by a bitwise search, ids by prefix sums, then the heat."""
+"""Triton `select`: the k-th largest value by a search over bit patterns, ids by prefix sums, then the heat."""
 
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from csrc_free_kernels.gpu.counts import count_marked, thresholds
+from csrc_free_kernels.gpu.counts import count_marked, cuts
+from csrc_free_kernels.gpu.score_mean import block_at
 from csrc_free_kernels.reference import select as rules
 from csrc_free_kernels.reference.select import check_arguments, limit_of
 
 MAX_BLOCKS = 32768  # a row is held in registers: 32 values a thread at this size
 MAX_WARPS = 16
 WEIGHTS, SHARES = tl.constexpr(2.0**rules.WEIGHT_BITS), tl.constexpr(2**rules.LIMIT_BITS)
+OCTAVE = tl.constexpr(2**23)  # keys between a value and twice it
 LOWEST_KEY = tl.constexpr(-(2**31))  # below the key of -inf, so only for what may not be taken
 
 
@@ -25,29 +27,35 @@ def sortable(b_x):
 
 # Marks the `num` largest keys, ties to the lower index; `num` >= 1 and as many keys are above LOWEST_KEY.
 # Cuts the range of the keys in parts; at or above `b_low` are always `num` keys or more, at or above `b_high`
-# fewer. Ends once they are exactly `num`, so only a tie is searched for to the last bit.
+# fewer. Ends once they are exactly `num`, so only a tie is searched for to the last bit. The first cuts stay close to
+# the largest key: values far below, as zeros, take up most of the range and hold nothing that is looked for.
 @triton.jit
 def best(b_key, num, N_P: tl.constexpr):
-    b_low = tl.min(tl.where(b_key > LOWEST_KEY, b_key, 2**31 - 1), axis=0).to(tl.int64)
-    b_high = tl.max(b_key, axis=0).to(tl.int64) + 1
+    b_low = tl.min(tl.where(b_key > LOWEST_KEY, b_key, 2**31 - 1), axis=0)
+    b_high = tl.max(b_key, axis=0) + 1  # no key is above that of infinity
     b_reached = tl.full((), -1, tl.int32)
-    while (b_high - b_low > 1) & (b_reached != num):
-        b_1, b_2, b_3 = thresholds(b_low, b_high, N_P)
-        n_1, n_2, n_3 = count_marked(
-            b_key >= b_1.to(tl.int32), b_key >= tl.minimum(b_2, b_high).to(tl.int32),
-            b_key >= tl.minimum(b_3, b_high).to(tl.int32), N_P,
-        )  # fmt: skip
+    b_widest = tl.full((), OCTAVE, tl.uint32)
+    while ((b_high - b_low).to(tl.uint32) > 1) & (b_reached != num):
+        b_1, b_2, b_3 = cuts(b_low, b_high, b_widest, N_P)
+        n_1, n_2, n_3 = count_marked(b_key >= b_1, b_key >= b_2, b_key >= b_3, N_P)
         b_high = tl.where(n_1 < num, b_1, tl.where(n_2 < num, b_2, tl.where(n_3 < num, b_3, b_high)))
         b_low = tl.where(n_3 >= num, b_3, tl.where(n_2 >= num, b_2, tl.where(n_1 >= num, b_1, b_low)))
         b_reached = tl.where(n_3 >= num, n_3, tl.where(n_2 >= num, n_2, tl.where(n_1 >= num, n_1, b_reached)))
-    b_threshold = b_low.to(tl.int32)
-    m_best = b_key >= b_threshold
+        b_widest = tl.minimum(b_widest, 2**28) * 4
+    m_best = b_key >= b_low
     if b_reached != num:
-        m_tie = b_key == b_threshold
+        m_tie = b_key == b_low
         b_rank = tl.cumsum(m_tie.to(tl.int32), axis=0)
-        b_larger = tl.sum((b_key > b_threshold).to(tl.int32), axis=0)
-        m_best = m_best & ((b_key > b_threshold) | (b_rank <= num - b_larger))
+        b_larger = tl.sum((b_key > b_low).to(tl.int32), axis=0)
+        m_best = m_best & ((b_key > b_low) | (b_rank <= num - b_larger))
     return m_best
+
+
+# What is chosen, and the `num` largest of the other values in m_n.
+@triton.jit
+def with_best(m_chosen, m_n, b_value, num, N_P: tl.constexpr):
+    b_key = tl.where(m_n & ~m_chosen, sortable(b_value), LOWEST_KEY)
+    return m_chosen | best(b_key, num, N_P)
 
 
 # How many blocks a rule takes by score, of those marked in m_open; m_scored marks all that have a finite score. The
@@ -120,12 +128,17 @@ def choose(
                 m_chosen = m_chosen | best(tl.where(m_open, sortable(b_heat), LOWEST_KEY), num, N_P)
     elif nb > S:
         m_chosen = (o_n < SINK) | ((o_n >= nb - RECENT) & m_n)
-        if QUERY > 0:
-            b_key = tl.where(m_n & ~m_chosen, sortable(b_score), LOWEST_KEY)
-            m_chosen = m_chosen | best(b_key, QUERY, N_P)
-        if AGNOSTIC > 0:
-            b_key = tl.where(m_n & ~m_chosen, sortable(b_heat), LOWEST_KEY)
-            m_chosen = m_chosen | best(b_key, AGNOSTIC, N_P)
+        if (
+            N_P <= 1024
+        ):  # one loop, so that a step fetches the code of a search once; more values would spill in it
+            for i_pass in range(QUERY == 0, 1 + (AGNOSTIC > 0)):
+                b_value, num = tl.where(i_pass == 0, b_score, b_heat), tl.where(i_pass == 0, QUERY, AGNOSTIC)
+                m_chosen = with_best(m_chosen, m_n, b_value, num, N_P)
+        else:
+            if QUERY > 0:
+                m_chosen = with_best(m_chosen, m_n, b_score, QUERY, N_P)
+            if AGNOSTIC > 0:
+                m_chosen = with_best(m_chosen, m_n, b_heat, AGNOSTIC, N_P)
     return m_chosen
 
 
@@ -140,24 +153,26 @@ def ranks(m, N_P: tl.constexpr):
     return tl.reshape(tl.cumsum(b_m, axis=1) + b_before[:, None], [N_P])
 
 
-# Lists the blocks that one (row, head) attends to, ascending and then -1; returns how many there are.
+# Lists the blocks that one (row, head) attends to, ascending and then -1; returns how many there are. With R > 1 what
+# is chosen from are places among the blocks of the groups that p_groups lists, R each.
 @triton.jit
 def select_blocks(
-    b_score, b_heat, nb, limit, p_selected, p_num,
+    b_score, b_heat, nb, limit, p_groups, p_selected, p_num,
     SINK: tl.constexpr, RECENT: tl.constexpr, QUERY: tl.constexpr, AGNOSTIC: tl.constexpr, RULE: tl.constexpr,
-    S: tl.constexpr, S_P: tl.constexpr, N_P: tl.constexpr,
+    R: tl.constexpr, S: tl.constexpr, S_P: tl.constexpr, N_P: tl.constexpr,
 ):  # fmt: skip
     o_s = tl.arange(0, S_P)
     b_count = tl.where(nb <= S, nb, SINK + RECENT + QUERY + AGNOSTIC)
     if QUERY + AGNOSTIC == 0:
         b_id = tl.where((nb <= S) | (o_s < SINK), o_s, o_s - SINK + nb - RECENT)
-        tl.store(p_selected + o_s, b_id, mask=o_s < b_count)
+        tl.store(p_selected + o_s, block_at(p_groups, b_id, o_s < b_count, R), mask=o_s < b_count)
     else:
         m_chosen = choose(b_score, b_heat, nb, limit, SINK, RECENT, QUERY, AGNOSTIC, RULE, S, N_P)
         if RULE != "fixed":
             b_count = tl.sum(m_chosen.to(tl.int32), axis=0)
         b_place = ranks(m_chosen, N_P) - 1
-        tl.store(p_selected + b_place, tl.arange(0, N_P), mask=m_chosen)
+        b_id = block_at(p_groups, tl.arange(0, N_P), m_chosen, R)
+        tl.store(p_selected + b_place, b_id, mask=m_chosen)
     tl.store(p_selected + o_s, tl.full([S_P], -1, tl.int32), mask=(o_s >= b_count) & (o_s < S))
     tl.store(p_num, b_count)
     return b_count
@@ -200,8 +215,8 @@ def select_kernel(
         p_heat = heat + i_b * stride_hb + i_h * stride_hh + o_n
         b_heat = tl.load(p_heat, mask=m_n, other=0.0)
     select_blocks(
-        b_score, b_heat, nb, limit, selected_blocks + i_row * S, num_selected + i_row,
-        SINK, RECENT, QUERY, AGNOSTIC, RULE, S, S_P, N_P,
+        b_score, b_heat, nb, limit, seq_lens, selected_blocks + i_row * S, num_selected + i_row,
+        SINK, RECENT, QUERY, AGNOSTIC, RULE, 1, S, S_P, N_P,
     )  # fmt: skip
     if NORMALISE != "none":
         fold_heat(p_heat, b_heat, b_score, m_n, heat_decay, NORMALISE)
