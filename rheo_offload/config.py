@@ -102,7 +102,7 @@ class SelectionConfig:
     (`two_level`); `auto`: groups where a row can hold 2048 blocks and the method allows it."""
     index_group: int = 32
     """Blocks in a group of the index; a power of two, 4 to 64."""
-    index_keep: float = 0.09
+    index_keep: float = 0.06
     """Share of the groups that a row can hold which is opened by bound; above 0, at most 1."""
     params: dict[str, Any] = field(default_factory=dict)
     """The method's own parameters, checked by the method when a model is offloaded (docs/selectors.md)."""
